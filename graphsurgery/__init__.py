@@ -1,0 +1,1 @@
+"""Trained PyTorch networks folded into cheaper ones, each rewrite verified."""
