@@ -1,0 +1,55 @@
+# Every target makes its own environment: a fresh clone needs Python >= 3.10 and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+CODE   := graphsurgery tests examples benchmarks
+# One thread per test process: the processes share the cores, and results do not depend on the thread count.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types examples bench sweep wheel clean
+
+help: ## Show this help
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(STAMP) ## Make .venv and install graphsurgery with all its extras (editable)
+
+demo: $(STAMP) ## Optimise the trained digits network, export it and compare accuracies
+	$(BIN)/python examples/digits/demo.py
+
+test: $(STAMP) ## Run the tests (sweeps excluded)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not sweep" $(ARGS)
+
+lint: $(STAMP) ## Check format and lint
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+
+format: $(STAMP) ## Format the code and fix what can be fixed
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+types: $(STAMP) ## mypy --strict on the package
+	$(BIN)/mypy
+
+examples: $(STAMP) ## Run every example
+	set -e; for demo in examples/*/demo.py; do echo "== $$demo"; $(BIN)/python $$demo; done
+
+bench: $(STAMP) ## Run the benchmarks (ratios; nothing is asserted)
+	set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+sweep: $(STAMP) ## Run the long searches over random networks and zoos
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m sweep $(ARGS)
+
+wheel: $(STAMP) ## Build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove caches and builds (keeps .venv)
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -type d -prune -exec rm -rf {} +
