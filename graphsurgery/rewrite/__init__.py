@@ -1,5 +1,19 @@
 """The contract of a pass and the manager that runs passes."""
 
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
+from graphsurgery.rewrite.manager import CheckResult, Event, ManagerResult, PassFailure, PassManager, Step
 
-__all__ = ["Change", "NodeRef", "Pass", "PassResult", "Preserves", "Refusal"]
+__all__ = [
+    "Change",
+    "CheckResult",
+    "Event",
+    "ManagerResult",
+    "NodeRef",
+    "Pass",
+    "PassFailure",
+    "PassManager",
+    "PassResult",
+    "Preserves",
+    "Refusal",
+    "Step",
+]

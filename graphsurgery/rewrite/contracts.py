@@ -1,8 +1,8 @@
 """What a pass is and what it hands back.
 
-A pass is a frozen dataclass whose fields are its options. It takes a captured graph, leaves it alone, and returns a
-rewritten copy with one `Change` per rewrite and one `Refusal` per rewrite it decided against. What a pass declares in
-`Pass.preserves` is checked by `graphsurgery.rewrite.manager.PassManager`.
+A pass is a frozen dataclass whose fields are its options. It takes a captured graph, leaves it alone, and
+returns a rewritten copy with one `Change` per rewrite and one `Refusal` per rewrite it decided against. What
+a pass declares in `Pass.preserves` is checked by `graphsurgery.rewrite.manager.PassManager`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,10 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-from graphsurgery.cost import Cost
+from graphsurgery.cost import Cost, op_name
 from graphsurgery.graph import module_path, source_line
 
-__all__ = ["Change", "NodeRef", "Pass", "PassResult", "Preserves", "Refusal", "op_name"]
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of what `node` does, in one word.
-
-    Returns:
-        The ATen name without namespace and overload (`"conv2d"`), the function's name (`"getitem"`), or for the other
-        kinds of node the kind itself (`"placeholder"`, `"get_attr"`, `"output"`).
-    """
-    if node.op != "call_function":
-        return node.op
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet if packet is not None else node.target, "__name__", node.target))
+__all__ = ["Change", "NodeRef", "Pass", "PassResult", "Preserves", "Refusal"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +117,8 @@ class Preserves:
         signature: Placeholders (count, order) and the structure of the output.
         shapes: Shapes of all outputs.
         dtypes: Dtypes of all outputs.
-        values: `"exact"` when every output is bit-equal in torch eager, `"rounding"` when it may differ by rounding.
+        values: `"exact"` when every output is bit-equal in torch eager, `"rounding"` when it may differ by
+            rounding.
     """
 
     signature: bool = True
@@ -160,10 +148,12 @@ class Pass(ABC):
         """Rewrite a copy of `gm`.
 
         Args:
-            gm: A captured graph. It must not be modified; tensors are shared, so no tensor may be written in place.
+            gm: A captured graph. It must not be modified; tensors are shared, so no tensor may be written in
+                place.
 
         Returns:
-            The rewritten copy with its changes and refusals. Without changes the graph module may be `gm` itself.
+            The rewritten copy with its changes and refusals. Without changes the graph module may be `gm`
+            itself.
         """
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:

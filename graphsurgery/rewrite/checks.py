@@ -1,0 +1,161 @@
+"""Checks of what a pass declares, on what it handed back.
+
+Each check returns None or a pair (code, sentence). Codes:
+`not-a-result`, `lint`, `meta`, `signature`, `shapes`, `dtypes`, `false-no-change`, `false-change`, `raised`,
+`values`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphsurgery.rewrite.contracts import Pass, PassResult
+
+__all__ = ["Finding", "check_graph", "check_values", "run_graph", "wrong_result"]
+
+Finding = tuple[str, str]
+
+
+def wrong_result(result: Any) -> Finding | None:
+    """Whether `result` is not what a pass has to hand back."""
+    if not isinstance(result, PassResult):
+        return "not-a-result", f"returned {type(result).__name__} where a PassResult was expected"
+    graph_module: Any = result.graph_module
+    if not isinstance(graph_module, fx.GraphModule):
+        kind = type(graph_module).__name__
+        return "not-a-result", f"returned a PassResult with a {kind} where a GraphModule was expected"
+    return None
+
+
+def check_graph(before: fx.GraphModule, after: fx.GraphModule, declared: Pass) -> Finding | None:
+    """Check that `after` is a sound graph and keeps signature, shapes and dtypes as `declared` says."""
+    checks: list[Callable[[], Finding | None]] = [lambda: _lint(after), lambda: _meta(before, after)]
+    if declared.preserves.signature:
+        checks.append(lambda: _signature(before, after))
+    if declared.preserves.shapes:
+        checks.append(lambda: _outputs(before, after, "shapes", _shape))
+    if declared.preserves.dtypes:
+        checks.append(lambda: _outputs(before, after, "dtypes", _dtype))
+    for check in checks:
+        finding = check()
+        if finding is not None:
+            return finding
+    return None
+
+
+def run_graph(gm: fx.GraphModule, inputs: Any) -> list[Any]:
+    """Flat outputs of `gm` for `inputs`: a tensor, a tuple of positional or a mapping of keyword inputs."""
+    with torch.no_grad():
+        if isinstance(inputs, Mapping):
+            out = gm(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            out = gm(*inputs)
+        else:
+            out = gm(inputs)
+    return pytree.tree_leaves(out)
+
+
+def check_values(before: Sequence[Any], after: Sequence[Any], declared: Pass) -> Finding | None:
+    """Compare the outputs of a run: shapes, dtypes, and bits where the pass declares exact values."""
+    if len(before) != len(after):
+        return "signature", f"gave {len(after)} outputs where there were {len(before)}"
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+            if type(old) is not type(new) or (declared.preserves.values == "exact" and old != new):
+                return "values", f"output {i} became {new!r} where it was {old!r}"
+            continue
+        if declared.preserves.shapes and old.shape != new.shape:
+            return (
+                "shapes",
+                f"output {i} had shape {tuple(old.shape)} and now has {tuple(new.shape)} when run",
+            )
+        if declared.preserves.dtypes and old.dtype != new.dtype:
+            return "dtypes", f"output {i} had dtype {old.dtype} and now has {new.dtype} when run"
+        if declared.preserves.values == "exact" and not _same_bits(old, new):
+            return "values", f"output {i} differs though the pass declares exact values"
+    return None
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a_bytes, b_bytes = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a_bytes, b_bytes)
+
+
+def _lint(gm: fx.GraphModule) -> Finding | None:
+    with warnings.catch_warnings():
+        # a get_attr that points at nothing is only a warning in lint
+        warnings.simplefilter("error")
+        try:
+            gm.graph.lint()
+            gm.recompile()
+        except Exception as error:  # noqa: BLE001 (lint and recompile raise all kinds)
+            return (
+                "lint",
+                f"left a broken graph: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            )
+    return None
+
+
+def _meta(before: fx.GraphModule, after: fx.GraphModule) -> Finding | None:
+    if before.meta.get("graphsurgery") is not None and after.meta.get("graphsurgery") is None:
+        return "meta", "lost gm.meta['graphsurgery']"
+    if not any("val" in node.meta for node in before.graph.nodes):
+        return None
+    for node in after.graph.nodes:
+        if node.op not in ("output",) and "val" not in node.meta:
+            return "meta", f"left node {node.name!r} without meta['val']; annotate() sets it"
+    return None
+
+
+def _output_args(gm: fx.GraphModule) -> Any:
+    return gm.graph.output_node().args[0]
+
+
+def _signature(before: fx.GraphModule, after: fx.GraphModule) -> Finding | None:
+    old, new = ([str(n.target) for n in gm.graph.nodes if n.op == "placeholder"] for gm in (before, after))
+    if old != new:
+        return "signature", f"changed the inputs from {old} to {new}"
+    specs = [pytree.tree_flatten(_output_args(gm), is_leaf=lambda x: x is None)[1] for gm in (before, after)]
+    if specs[0] != specs[1]:
+        return "signature", f"changed the structure of the output from {specs[0]} to {specs[1]}"
+    infos = [getattr(gm.graph._codegen, "pytree_info", None) for gm in (before, after)]
+    if infos[0] != infos[1]:
+        return "signature", "changed how the graph takes its arguments (graph._codegen)"
+    return None
+
+
+def _outputs(
+    before: fx.GraphModule, after: fx.GraphModule, code: str, figure: Callable[[Any], Any]
+) -> Finding | None:
+    old, new = (pytree.tree_leaves(_output_args(gm)) for gm in (before, after))
+    if len(old) != len(new):
+        return code, f"gave {len(new)} outputs where there were {len(old)}"
+    for i, (a, b) in enumerate(zip(old, new, strict=True)):
+        was, now = figure(a), figure(b)
+        if was != now:
+            return code, f"changed the {code[:-1]} of output {i} from {was} to {now}"
+    return None
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+
+
+def _shape(leaf: Any) -> Any:
+    value = _value(leaf)
+    return (
+        "[" + ", ".join(str(s) for s in value.shape) + "]" if isinstance(value, torch.Tensor) else str(value)
+    )
+
+
+def _dtype(leaf: Any) -> Any:
+    value = _value(leaf)
+    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,109 @@
+"""Fingerprints of graphs and tensors, cheap enough to be taken around every pass.
+
+`graphsurgery.graph.structural_hash` hashes every parameter byte, at about 0.3 GB/s. The pass manager asks one
+question only, "is this still the same?", around every pass, also about tensors that were written behind
+torch's back (through
+`.data` or numpy, which no version counter sees). So it reads the contents too, but as sums of machine words
+over the rows and columns of a table, which runs near the speed of memory. Sums wrap around; two contents that
+differ by accident collide with a chance of about 2**-64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["fingerprint", "held_tensors", "tensor_digest", "tensor_digests"]
+
+_ROW = 1024
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """Digest of shape, dtype and contents of a dense tensor.
+
+    Args:
+        tensor: Any dense tensor, of any dtype, on any device.
+    """
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.numel() // 8 * 8
+    words = flat[:whole].view(torch.int64)
+    rows = words.numel() // _ROW * _ROW
+    table = words[:rows].view(-1, _ROW)
+    digest = hashlib.blake2b(
+        repr((tuple(tensor.shape), tensor.dtype, tensor.device.type)).encode(), digest_size=16
+    )
+    for part in (table.sum(0), table.sum(1), words[rows:], flat[whole:]):
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def tensor_digests(gm: fx.GraphModule, known: Mapping[int, bytes] | None = None) -> dict[int, bytes]:
+    """Digest of every parameter, buffer and constant that `gm` holds, by `id` of the tensor.
+
+    Args:
+        gm: The graph module.
+        known: Digests that were just taken of tensors `gm` may share; they are not taken again.
+    """
+    known = known or {}
+    return {id(t): known.get(id(t)) or tensor_digest(t) for _, t in held_tensors(gm)}
+
+
+def fingerprint(gm: fx.GraphModule, digests: Mapping[int, bytes]) -> str:
+    """Hash of the graph and of everything it holds: targets, arguments, wiring, attribute names, contents.
+
+    Node names and `node.meta` are left out.
+
+    Args:
+        gm: The graph module.
+        digests: What `tensor_digests(gm)` gave.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    index = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in gm.graph.nodes:
+        target = _target(node)
+        digest.update(f"{node.op}|{target}|{_text(node.args, index)}|{_text(node.kwargs, index)}\n".encode())
+    for name, tensor in sorted(held_tensors(gm), key=lambda item: item[0]):
+        kind = type(tensor).__name__
+        digest.update(f"{name}|{kind}|{tensor.requires_grad}|".encode() + digests[id(tensor)])
+    return digest.hexdigest()
+
+
+def held_tensors(gm: fx.GraphModule) -> Iterable[tuple[str, torch.Tensor]]:
+    """Name and value of parameters, buffers, and of plain tensor attributes that a get_attr node reads."""
+    found: dict[str, torch.Tensor] = dict(gm.named_parameters(remove_duplicate=False))
+    found.update(gm.named_buffers(remove_duplicate=False))
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target not in found:
+            value: Any = gm
+            for part in str(node.target).split("."):
+                value = getattr(value, part, None)
+            if isinstance(value, torch.Tensor):
+                found[str(node.target)] = value
+    return found.items()
+
+
+def _target(node: fx.Node) -> str:
+    target: Any = node.target
+    if isinstance(target, str):
+        return "" if node.op in ("placeholder", "output") else target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _text(value: Any, index: Mapping[fx.Node, int]) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{index.get(value, -1)}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_text(item, index) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_text(item, index)}" for key, item in value.items()) + "}"
+    if isinstance(value, slice):
+        return "slice" + _text((value.start, value.stop, value.step), index)
+    return repr(value)

@@ -1,0 +1,350 @@
+"""Run passes to a fixed point, check what each declares, keep or roll back.
+
+A pass gets a private copy of the graph (tensors shared), so whatever it does to nodes can be thrown away.
+After each run:
+
+1. the copy it was given must be as it was; a tensor that was written in place cannot be rolled back and
+   raises;
+2. "no change" must mean an equal fingerprint, and a change a different one;
+3. the graph must be sound (lint, recompile, `meta["val"]` everywhere) and keep signature, shapes, dtypes as
+   declared;
+4. with example inputs, it is run: the real shapes and dtypes must agree, and the bits where values are
+   declared exact;
+5. the `check` callback, which the pipeline gives, compares numbers.
+
+A pass that fails one of them is rolled back, reported as a `PassFailure` and not run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import fx
+
+from graphsurgery.errors import GraphSurgeryError, PassError
+from graphsurgery.graph import copy_graph_module
+from graphsurgery.rewrite.checks import Finding, check_graph, check_values, run_graph, wrong_result
+from graphsurgery.rewrite.contracts import Change, Pass, PassResult, Refusal
+from graphsurgery.rewrite.fingerprint import fingerprint, held_tensors, tensor_digests
+
+__all__ = ["CheckResult", "Event", "ManagerResult", "PassFailure", "PassManager", "Step"]
+
+EventKind = Literal["stage-start", "stage-done", "pass-start", "pass-done", "pass-failed"]
+
+
+class CheckResult(Protocol):
+    """What a numeric check hands back."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two graphs agree."""
+
+    @property
+    def reason(self) -> str:
+        """One sentence with the numbers."""
+
+
+Check = Callable[[fx.GraphModule, fx.GraphModule, Pass], CheckResult]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a progress bar may want to know.
+
+    Attributes:
+        kind: `"pass-start"`, `"pass-done"`, `"pass-failed"`; the pipeline adds `"stage-start"` and
+            `"stage-done"`.
+        pass_name: Name of the pass or stage.
+        index: Position in this round, from 0.
+        total: Passes in a round (stages, for a stage).
+        round: Which round, from 1; 0 for a stage.
+        changes: Rewrites the pass made.
+        reason: Why it failed.
+    """
+
+    kind: EventKind
+    pass_name: str
+    index: int
+    total: int
+    round: int = 0
+    changes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PassFailure:
+    """A pass that was rolled back.
+
+    Attributes:
+        pass_name: The culprit.
+        code: Stable code: `raised`, `input-modified`, `not-a-result`, `false-no-change`, `false-change`,
+            `lint`, `meta`,
+            `signature`, `shapes`, `dtypes`, `values`, `check`, `no-fixed-point`.
+        reason: One sentence.
+        round: The round in which it happened, from 1.
+    """
+
+    pass_name: str
+    code: str
+    reason: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of one pass that changed the graph and was kept.
+
+    Attributes:
+        pass_name: Name of the pass.
+        round: Which round, from 1.
+        graph_module: The graph after it (tensors shared with its neighbours).
+        changes: The rewrites it made.
+    """
+
+    pass_name: str
+    round: int
+    graph_module: fx.GraphModule
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class ManagerResult:
+    """What the manager hands back.
+
+    Attributes:
+        graph_module: The final graph; the very input when nothing changed.
+        changes: All rewrites kept, in order.
+        refusals: What each pass declined in its last run: findings on the final graph.
+        failures: Passes rolled back.
+        steps: The kept runs in order, with the graph after each.
+        rounds: Rounds run.
+        seconds: Time spent in each pass, checks included, by name.
+    """
+
+    graph_module: fx.GraphModule
+    changes: tuple[Change, ...]
+    refusals: tuple[Refusal, ...]
+    failures: tuple[PassFailure, ...]
+    steps: tuple[Step, ...] = ()
+    rounds: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def modified(self) -> bool:
+        """Whether any rewrite was kept; the name torch's own pass manager reads."""
+        return bool(self.changes)
+
+
+class PassManager:
+    """Runs passes in order, again and again until none of them changes the graph.
+
+    Args:
+        passes: Pass instances, in the order they run.
+        check: Called as `check(before, after, pass)` for every run that changed the graph; a result that is
+            not `ok` rolls the pass back.
+        on_event: Called before and after every run.
+        max_rounds: Rounds after which to stop although passes still change the graph; reported as a failure
+            of the last pass that did. The graph stays valid.
+        strict: Raise instead of rolling back.
+
+    Raises:
+        PassError: `passes` holds something that is not a `Pass` instance, or `max_rounds` is below 1.
+    """
+
+    def __init__(
+        self,
+        passes: Iterable[Pass],
+        *,
+        check: Check | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        max_rounds: int = 8,
+        strict: bool = False,
+    ) -> None:
+        """See the class."""
+        self.passes = tuple(passes)
+        for item in self.passes:
+            if isinstance(item, type) and issubclass(item, Pass):
+                raise PassError(
+                    f"expected an instance of a pass, got the class {item.__name__}; write {item.__name__}()"
+                )
+            if not isinstance(item, Pass):
+                raise PassError(
+                    f"expected an instance of graphsurgery.Pass, got {type(item).__name__} {item!r}"
+                )
+        if max_rounds < 1:
+            raise PassError(f"max_rounds must be at least 1, got {max_rounds}")
+        self.check = check
+        self.on_event = on_event
+        self.max_rounds = max_rounds
+        self.strict = strict
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Any = None) -> ManagerResult:
+        """Run the passes on `gm`, which is left as it is.
+
+        Args:
+            gm: A captured graph.
+            example_inputs: A tensor, a tuple or a mapping of keyword inputs; if given, every changed graph is
+                run on them and compared with what the pass declares.
+
+        Raises:
+            PassError: A pass wrote into a tensor in place, or (`strict`) broke what it declares.
+        """
+        return _Run(self, gm, example_inputs).to_fixed_point()
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A graph with what was measured of it."""
+
+    gm: fx.GraphModule
+    digests: dict[int, bytes]
+    print: str
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, known: dict[int, bytes] | None = None) -> _Snapshot:
+        digests = tensor_digests(gm, known)
+        return cls(gm, digests, fingerprint(gm, digests))
+
+
+class _Run:
+    """One call of the manager: the current graph and the records so far."""
+
+    def __init__(self, manager: PassManager, gm: fx.GraphModule, example_inputs: Any) -> None:
+        self.manager = manager
+        self.inputs = example_inputs
+        self.current = _Snapshot.of(gm)
+        self.outputs: list[Any] | None = None if example_inputs is None else run_graph(gm, example_inputs)
+        self.steps: list[Step] = []
+        self.failures: list[PassFailure] = []
+        self.refusals: dict[int, tuple[Refusal, ...]] = {}
+        self.settled: dict[
+            int, str
+        ] = {}  # pass index -> fingerprint of the graph in which it last found nothing to do
+        self.disabled: set[int] = set()
+        self.seconds: dict[str, float] = {}
+        self.round = 0
+
+    def to_fixed_point(self) -> ManagerResult:
+        changed = True
+        while changed and self.round < self.manager.max_rounds:
+            self.round += 1
+            changed = False
+            for index in range(len(self.manager.passes)):
+                if index not in self.disabled and self.settled.get(index) != self.current.print:
+                    changed |= self._run_pass(index)
+        if changed:
+            reason = f"the graph still changed in round {self.round}; the passes may undo each other"
+            self.failures.append(PassFailure(self.steps[-1].pass_name, "no-fixed-point", reason, self.round))
+            if self.manager.strict:
+                raise PassError(f"pass {self.steps[-1].pass_name!r}: {reason}")
+        return ManagerResult(
+            graph_module=self.current.gm,
+            changes=tuple(change for step in self.steps for change in step.changes),
+            refusals=tuple(refusal for index in sorted(self.refusals) for refusal in self.refusals[index]),
+            failures=tuple(self.failures),
+            steps=tuple(self.steps),
+            rounds=self.round,
+            seconds=self.seconds,
+        )
+
+    def _run_pass(self, index: int) -> bool:
+        """Run one pass; return whether it changed the graph and was kept."""
+        declared = self.manager.passes[index]
+        self._tell("pass-start", index)
+        start = time.perf_counter()
+        result, after, finding = self._attempt(declared)
+        if finding is None and result is not None and result.modified:
+            finding = self._check(declared, after)
+        self.seconds[declared.name] = self.seconds.get(declared.name, 0.0) + time.perf_counter() - start
+        if finding is not None or result is None:
+            self._fail(index, finding or ("raised", "gave no result"))
+            return False
+        self.refusals[index] = result.refusals
+        if result.modified:
+            self.current = after
+            self.steps.append(Step(declared.name, self.round, after.gm, result.changes))
+        else:
+            self.settled[index] = self.current.print
+        self._tell("pass-done", index, changes=len(result.changes))
+        return result.modified
+
+    def _attempt(self, declared: Pass) -> tuple[PassResult | None, _Snapshot, Finding | None]:
+        """Cases 1 and 2 of the module docstring."""
+        before = self.current
+        given = copy_graph_module(before.gm)
+        result: PassResult | None = None
+        finding: Finding | None = None
+        try:
+            result = declared.run(given)
+        except GraphSurgeryError as error:
+            finding = "raised", str(error)
+        except Exception as error:  # noqa: BLE001 (a pass is foreign code)
+            finding = "raised", f"raised {type(error).__name__}: {str(error).strip() or 'no message'}"
+        given_now = _Snapshot.of(given, None)
+        self._refuse_written_tensors(declared, given_now)
+        finding = finding or wrong_result(result)
+        if finding is None and given_now.print != before.print:
+            finding = "input-modified", "modified the graph it was given instead of a copy"
+        if finding is not None or result is None:
+            return None, before, finding
+        after = _Snapshot.of(result.graph_module, given_now.digests)
+        if not result.changes and after.print != before.print:
+            finding = "false-no-change", "reports no change but handed back another graph"
+        elif result.changes and after.print == before.print:
+            finding = "false-change", f"reports {len(result.changes)} changes but handed back the same graph"
+        return result, after, finding
+
+    def _refuse_written_tensors(self, declared: Pass, given: _Snapshot) -> None:
+        """A tensor written in place is lost for every graph that shares it."""
+        now = tensor_digests(self.current.gm, given.digests)
+        written = {key for key, digest in now.items() if digest != self.current.digests[key]}
+        if written:
+            names = sorted(name for name, t in held_tensors(self.current.gm) if id(t) in written)
+            raise PassError(
+                f"pass {declared.name!r} wrote into {', '.join(names)} in place, which all graphs share: expected "
+                "a new tensor under a new attribute; load the model anew and leave the pass out"
+            )
+
+    def _check(self, declared: Pass, after: _Snapshot) -> Finding | None:
+        """Cases 3 to 5 of the module docstring."""
+        before = self.current.gm
+        finding = check_graph(before, after.gm, declared)
+        if finding is not None:
+            return finding
+        if self.outputs is not None:
+            try:
+                outputs = run_graph(after.gm, self.inputs)
+            except Exception as error:  # noqa: BLE001 (a foreign graph may raise anything)
+                return "raised", f"left a graph that does not run: {type(error).__name__}: {error}"
+            finding = check_values(self.outputs, outputs, declared)
+            if finding is not None:
+                return finding
+        if self.manager.check is not None:
+            verdict = self.manager.check(before, after.gm, declared)
+            if not verdict.ok:
+                return "check", verdict.reason
+        if self.outputs is not None:
+            self.outputs = outputs
+        return None
+
+    def _fail(self, index: int, finding: Finding) -> None:
+        code, reason = finding
+        name = self.manager.passes[index].name
+        self.disabled.add(index)
+        self.refusals.pop(index, None)
+        self.failures.append(PassFailure(name, code, reason, self.round))
+        self._tell("pass-failed", index, reason=reason)
+        if self.manager.strict:
+            raise PassError(
+                f"pass {name!r} {reason} (round {self.round}, {code}); fix the pass or leave it out"
+            )
+
+    def _tell(self, kind: EventKind, index: int, *, changes: int = 0, reason: str = "") -> None:
+        if self.manager.on_event is not None:
+            passes = self.manager.passes
+            self.manager.on_event(
+                Event(kind, passes[index].name, index, len(passes), self.round, changes, reason)
+            )
