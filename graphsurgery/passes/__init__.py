@@ -1,1 +1,87 @@
-"""The passes of graphsurgery, one per file."""
+"""The passes of graphsurgery, one per file; `ALL_PASSES` is the one list of them, in the order they run."""
+
+from __future__ import annotations
+
+if __name__ != "graphsurgery.passes":
+    raise ImportError(
+        f"imported as {__name__!r}, expected 'graphsurgery.passes': the directory `passes` at the top of the "
+        "repository is a link for readers; write `import graphsurgery.passes`"
+    )
+
+import difflib
+from collections.abc import Iterable
+
+from graphsurgery.errors import PassError
+from graphsurgery.passes.eliminate_identity import EliminateIdentity
+from graphsurgery.rewrite.contracts import Pass
+from graphsurgery.rewrite.plugins import registered_passes
+
+__all__ = ["ALL_PASSES", "EliminateIdentity", "available", "default_passes", "find", "select"]
+
+ALL_PASSES: tuple[type[Pass], ...] = (EliminateIdentity,)
+
+
+def available() -> dict[str, type[Pass]]:
+    """All passes by name: graphsurgery's own in the order they run, then those that other packages register.
+
+    Raises:
+        PassError: A registered pass cannot be loaded or takes a name that is taken.
+    """
+    passes = {item.name: item for item in ALL_PASSES}
+    for name, item in registered_passes().items():
+        if name in passes:
+            raise PassError(
+                f"{item.__module__}.{item.__name__} registers the pass name {name!r}, which is taken already"
+            )
+        passes[name] = item
+    return passes
+
+
+def find(name: str) -> type[Pass]:
+    """The pass of that name.
+
+    Raises:
+        PassError: There is none; the message suggests the nearest name.
+    """
+    for item in ALL_PASSES:  # a broken package of a third party must not stand in the way of these
+        if item.name == name:
+            return item
+    names = available()
+    if name in names:
+        return names[name]
+    near = difflib.get_close_matches(name.strip().lower().replace("_", "-"), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
+    raise PassError(f"there is no pass named {name!r}; {hint}")
+
+
+def default_passes() -> tuple[Pass, ...]:
+    """New instances of the passes that run when none are named; registered passes run only when named."""
+    return tuple(item() for item in ALL_PASSES if item.default)
+
+
+def select(passes: Iterable[str | Pass | type[Pass]] | str | Pass | None) -> tuple[Pass, ...]:
+    """Instances of the passes asked for.
+
+    Args:
+        passes: Names, instances or classes of passes, in the order to run; None for the default ones.
+
+    Raises:
+        PassError: A name is unknown, or an item is no pass.
+    """
+    if passes is None:
+        return default_passes()
+    if isinstance(passes, (str, Pass)):
+        passes = (passes,)
+    chosen: list[Pass] = []
+    for item in passes:
+        if isinstance(item, str):
+            chosen.append(find(item)())
+        elif isinstance(item, Pass):
+            chosen.append(item)
+        elif isinstance(item, type) and issubclass(item, Pass):
+            chosen.append(item())
+        else:
+            raise PassError(
+                f"expected the name, class or instance of a pass, got {type(item).__name__} {item!r}"
+            )
+    return tuple(chosen)

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphsurgery.rewrite.contracts import Pass, PassResult
+from graphsurgery.rewrite.fingerprint import same_bits
 
 __all__ = ["Finding", "check_graph", "check_values", "run_graph", "wrong_result"]
 
@@ -77,16 +78,9 @@ def check_values(before: Sequence[Any], after: Sequence[Any], declared: Pass) ->
             )
         if declared.preserves.dtypes and old.dtype != new.dtype:
             return "dtypes", f"output {i} had dtype {old.dtype} and now has {new.dtype} when run"
-        if declared.preserves.values == "exact" and not _same_bits(old, new):
+        if declared.preserves.values == "exact" and not same_bits(old, new):
             return "values", f"output {i} differs though the pass declares exact values"
     return None
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a_bytes, b_bytes = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a_bytes, b_bytes)
 
 
 def _lint(gm: fx.GraphModule) -> Finding | None:

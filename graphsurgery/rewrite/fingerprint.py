@@ -2,10 +2,9 @@
 
 `graphsurgery.graph.structural_hash` hashes every parameter byte, at about 0.3 GB/s. The pass manager asks one
 question only, "is this still the same?", around every pass, also about tensors that were written behind
-torch's back (through
-`.data` or numpy, which no version counter sees). So it reads the contents too, but as sums of machine words
-over the rows and columns of a table, which runs near the speed of memory. Sums wrap around; two contents that
-differ by accident collide with a chance of about 2**-64.
+torch's back (through `.data` or numpy, which no version counter sees). So it reads the contents too, but as
+sums of machine words over the rows and columns of a table, which runs near the speed of memory. Sums can
+collide for contents made to collide; where two tensors are to be merged, `same_bits` decides.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["fingerprint", "held_tensors", "tensor_digest", "tensor_digests"]
+__all__ = ["fingerprint", "held_tensors", "same_bits", "tensor_digest", "tensor_digests"]
 
 _ROW = 1024
 
@@ -28,7 +27,7 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
     Args:
         tensor: Any dense tensor, of any dtype, on any device.
     """
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = _bytes(tensor)
     if flat.storage_offset() % 8:
         flat = flat.clone()
     whole = flat.numel() // 8 * 8
@@ -41,6 +40,13 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
     for part in (table.sum(0), table.sum(1), words[rows:], flat[whole:]):
         digest.update(part.cpu().numpy().tobytes())
     return digest.digest()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, dtype, device and the same bits (NaN equals NaN, 0.0 not -0.0)."""
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
 
 
 def tensor_digests(gm: fx.GraphModule, known: Mapping[int, bytes] | None = None) -> dict[int, bytes]:
@@ -86,6 +92,10 @@ def held_tensors(gm: fx.GraphModule) -> Iterable[tuple[str, torch.Tensor]]:
             if isinstance(value, torch.Tensor):
                 found[str(node.target)] = value
     return found.items()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _target(node: fx.Node) -> str:

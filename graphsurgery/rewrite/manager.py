@@ -304,8 +304,8 @@ class _Run:
         if written:
             names = sorted(name for name, t in held_tensors(self.current.gm) if id(t) in written)
             raise PassError(
-                f"pass {declared.name!r} wrote into {', '.join(names)} in place, which all graphs share: expected "
-                "a new tensor under a new attribute; load the model anew and leave the pass out"
+                f"pass {declared.name!r} wrote into {', '.join(names)} in place, which all graphs share: "
+                "expected a new tensor under a new attribute; load the model anew and leave the pass out"
             )
 
     def _check(self, declared: Pass, after: _Snapshot) -> Finding | None:
