@@ -1,0 +1,175 @@
+"""The commands: `optimize`, `verify`, `inspect`, `passes`.
+
+Exit codes: 0 done and verified; 1 verification failed; 2 bad usage or model; 3 a bug of graphsurgery's own.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import graphsurgery as gs
+from graphsurgery.cli import run, show
+from graphsurgery.cli.errors import UsageError
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+OUT = Console()
+ERR = Console(stderr=True)
+
+app = typer.Typer(
+    name="graphsurgery",
+    help="Fold a trained PyTorch network into a cheaper one, prove that it is the same, export it to ONNX.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = "package.module:factory, path/to/file.py:factory, or a .pt2 file."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Side = f"{MODEL_HELP[:-1]}, or an .onnx file."
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        help="One input of the model, as 1x3x224x224, 1x16:int64 or name=1x16:int64; repeat for more.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+class VerifyMode(str, Enum):
+    """When `optimize` compares the graph with the original."""
+
+    FINAL = "final"
+    EACH_PASS = "each-pass"
+    OFF = "off"
+
+
+def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
+    """Turn what a command raises or returns into one sentence on stderr and an exit code."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        code, kind, message = 0, "", ""
+        try:
+            with warnings.catch_warnings():
+                # torch and its exporter warn about their own internals; what matters is in the report's notes
+                warnings.simplefilter("ignore")
+                code = command(*args, **kwargs)
+        except gs.VerificationError as error:
+            code, kind, message = 1, type(error).__name__, str(error)
+        except (UsageError, gs.GraphSurgeryError) as error:
+            code, kind, message = 2, type(error).__name__, str(error)
+        except KeyboardInterrupt:
+            code, kind, message = 130, "KeyboardInterrupt", "interrupted; nothing was written"
+        except Exception as error:  # a bug of ours must not look like a failed verification
+            ERR.print(traceback.format_exc(), markup=False, highlight=False)
+            code, kind, message = 3, type(error).__name__, f"this is a bug of graphsurgery: {error}"
+        if message:
+            if kwargs.get("as_json"):
+                print(json.dumps({"error": {"kind": kind, "message": message}, "exit_code": code}))
+            ERR.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code)
+
+    return wrapped
+
+
+@app.command()
+@_exit_codes
+def optimize(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.onnx", help="Write the result as ONNX.")
+    ] = None,
+    inputs: Inputs = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--passes", metavar="NAME[,NAME...]", help="Run these passes only, in this order."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="OUT.pt2", help="Write the result as an exported program.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="REPORT.json", help="Write the report as JSON.")
+    ] = None,
+    verify: Annotated[
+        VerifyMode, typer.Option("--verify", help="When to compare with the original.")
+    ] = VerifyMode.FINAL,
+    as_json: Json = False,
+) -> int:
+    """Fold MODEL, verify the result, and write it as ONNX."""
+    outcome = run.optimize(
+        run.Request(model, tuple(inputs or ()), _split(passes), verify.value, output, save, report), ERR
+    )
+    if as_json:
+        print(outcome.to_json())
+    else:
+        OUT.print(*show.outcome(outcome), sep="\n", highlight=False)
+    return 0 if outcome.ok else 1
+
+
+@app.command()
+@_exit_codes
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="A", help=f"The reference: {Side}")],
+    candidate: Annotated[str, typer.Argument(metavar="B", help="What is compared with it, in the same forms.")],
+    inputs: Inputs = None,
+    as_json: Json = False,
+) -> int:
+    """Tell whether A and B compute the same function, up to rounding."""
+    verdict = run.verify(reference, candidate, list(inputs or ()), ERR)
+    if as_json:
+        print(run.verdict_json(verdict))
+    else:
+        OUT.print(*show.verdict(verdict), sep="\n", highlight=False)
+    return 0 if verdict.ok else 1
+
+
+@app.command()
+@_exit_codes
+def inspect(model: Model, inputs: Inputs = None, as_json: Json = False) -> int:
+    """Tell what could be folded in MODEL and what cannot, and why; nothing is changed."""
+    found = run.inspect(model, list(inputs or ()), ERR)
+    if as_json:
+        print(found.to_json())
+    else:
+        OUT.print(*show.inspection(found), sep="\n", highlight=False)
+    return 0
+
+
+@app.command()
+@_exit_codes
+def passes(as_json: Json = False) -> int:
+    """List the passes."""
+    described = run.describe_passes()
+    if as_json:
+        print(json.dumps(described, indent=2))
+    else:
+        OUT.print(show.passes(described), highlight=False)
+    return 0
+
+
+def _split(names: list[str] | None) -> tuple[str, ...] | None:
+    """Flatten `--passes a,b --passes c` to `("a", "b", "c")`; None where the option was not given."""
+    if names is None:
+        return None
+    return tuple(name.strip() for text in names for name in text.split(",") if name.strip())
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line and exit with its code."""
+    app(args=argv)

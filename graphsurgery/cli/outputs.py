@@ -1,0 +1,54 @@
+"""Files that the command writes: looked at before the work starts, whole or not there after it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from graphsurgery.cli.errors import UsageError
+
+__all__ = ["check_writable", "staged"]
+
+
+def check_writable(outputs: dict[str, Path | None]) -> None:
+    """Make sure that every file can be written, before hours of work depend on it.
+
+    Args:
+        outputs: Paths by the option that names them; None where the option was not given.
+
+    Raises:
+        UsageError: A path is a folder, lies in a folder that is not there or not writable, or is named twice.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a folder; name a file.")
+        folder = path.parent
+        if not folder.is_dir():
+            raise UsageError(f"{option} {path} cannot be written: the folder {folder} does not exist.")
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".graphsurgery-"):
+                pass
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise UsageError(f"{option} {path} cannot be written: {error.strerror or error}.") from error
+        same = seen.setdefault(path.resolve(), option)
+        if same != option:
+            raise UsageError(f"{same} and {option} name the same file {path}.")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` that becomes `path` when the block ends well, and is removed when not."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
