@@ -1,0 +1,159 @@
+"""The report as text: rich renderables for the terminal, and plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from graphsurgery.report.model import Report
+from graphsurgery.rewrite.contracts import Change, NodeRef, Refusal
+
+__all__ = ["changes_text", "figures_table", "plain_text", "refusals_text", "render", "verification_text"]
+
+
+def plain_text(report: Report, *, width: int = 100, limit: int | None = None) -> str:
+    """The whole report without colours.
+
+    Args:
+        report: The report.
+        width: Columns.
+        limit: As for `render`.
+    """
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False
+    )
+    with console.capture() as capture:
+        console.print(render(report, limit=limit))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def render(report: Report, *, limit: int | None = None) -> RenderableType:
+    """Everything a reader wants to see, in order: figures, changes, refusals, failures, verification.
+
+    Args:
+        report: The report.
+        limit: Most lines per group of changes or refusals; None for all.
+    """
+    parts: list[RenderableType] = [_headline(report), figures_table(report)]
+    parts += [Text(f"note: {note}") for note in report.captured.notes]
+    parts.append(changes_text(report.changes, limit=limit))
+    parts.append(refusals_text(report.refusals, limit=limit))
+    for failure in report.failures:
+        line = f"rolled back: {failure.pass_name} ({failure.code}, round {failure.round}): {failure.reason}"
+        parts.append(Text(line, style="bold red"))
+    parts.append(verification_text(report))
+    return Group(*parts)
+
+
+def _headline(report: Report) -> Text:
+    inputs = ", ".join(f"{i.name} {'x'.join(i.shape) or 'scalar'} {i.dtype}" for i in report.captured.inputs)
+    total = sum(seconds for name, seconds in report.seconds.items() if not name.startswith("pass:"))
+    return Text.assemble(
+        (report.model, "bold"), f" ({inputs}), {len(report.changes)} changes in {total:.1f} s"
+    )
+
+
+def figures_table(report: Report) -> Table:
+    """Before and after, side by side; figures per sample."""
+    table = Table(show_edge=False, pad_edge=False)
+    for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    before, after = report.before, report.after
+    for kind in sorted({*before.layers, *after.layers}):
+        _row(table, f"{kind} layers", before.layers.get(kind, 0), after.layers.get(kind, 0))
+    table.add_section()
+    for label, name in (
+        ("nodes", "nodes"),
+        ("parameters", "parameters"),
+        ("MACs", "macs"),
+        ("FLOPs", "flops"),
+    ):
+        _row(table, label, getattr(before, name), getattr(after, name))
+    if before.size_bytes is not None or after.size_bytes is not None:
+        _row(table, "file, bytes", before.size_bytes, after.size_bytes)
+    if before.latency_ms is not None or after.latency_ms is not None:
+        _row(table, "onnxruntime, ms", before.latency_ms, after.latency_ms)
+    return table
+
+
+def _row(table: Table, label: str, before: float | None, after: float | None) -> None:
+    change = ""
+    if before and after is not None and after != before:
+        change = f"{100 * (after - before) / before:+.1f} %"
+    table.add_row(label, _number(before), _number(after), change)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def changes_text(changes: Iterable[Change], *, limit: int | None = None) -> RenderableType:
+    """The changes, grouped by pass and kind."""
+    groups: dict[tuple[str, str], list[Text]] = {}
+    for change in changes:
+        before = " + ".join(ref.op for ref in change.before) or ", ".join(change.parameters)
+        after = " + ".join(ref.op for ref in change.after) or "nothing"
+        line = Text(f"{_place(change.before or change.after)}{before} -> {after}")
+        if change.residual is not None:
+            line.append(f"  (certificate {change.residual:.1e})")
+        if change.detail:
+            line.append(f"  {change.detail}")
+        groups.setdefault((change.pass_name, change.kind), []).append(line)
+    return _groups("changes", groups, limit, "green")
+
+
+def refusals_text(refusals: Iterable[Refusal], *, limit: int | None = None) -> RenderableType:
+    """The refusals, grouped by pass and reason code, each with its place in the user's model."""
+    groups: dict[tuple[str, str], list[Text]] = {}
+    for refusal in refusals:
+        line = Text(f"{_place(refusal.nodes)}{refusal.reason}")
+        source = next((ref.source for ref in refusal.nodes if ref.source), "")
+        if source:
+            line.append(f"  [{source}]", style="dim")
+        groups.setdefault((refusal.pass_name, refusal.code), []).append(line)
+    return _groups("refusals", groups, limit, "yellow")
+
+
+def _place(refs: tuple[NodeRef, ...]) -> str:
+    modules = list(dict.fromkeys(ref.module for ref in refs if ref.module))
+    return f"{', '.join(modules)}: " if modules else ""
+
+
+def _groups(
+    title: str, groups: dict[tuple[str, str], list[Text]], limit: int | None, style: str
+) -> RenderableType:
+    if not groups:
+        return Text(f"no {title}")
+    parts: list[RenderableType] = []
+    for (pass_name, code), lines in groups.items():
+        parts.append(Text.assemble((f"{title}: {pass_name}, {code}", style), f" ({len(lines)})"))
+        shown = lines if limit is None else lines[:limit]
+        parts += [Padding(line, (0, 0, 0, 2)) for line in shown]
+        if len(shown) < len(lines):
+            parts.append(Text(f"  ... and {len(lines) - len(shown)} more"))
+    return Group(*parts)
+
+
+def verification_text(report: Report) -> RenderableType:
+    """The verdicts; says so where nothing was verified."""
+    if report.verification is None:
+        lines = [Text("not verified", style="yellow")]
+    else:
+        lines = [Text(str(report.verification), style="green" if report.verification.ok else "bold red")]
+    for check in report.pass_checks:
+        verdict = check.onnx or check.torch
+        word = "ok" if check.ok else "DIFFERENT"
+        lines.append(Text(f"after {check.pass_name}: {word}: {verdict.candidate}: {verdict.reason}"))
+    if report.onnx is not None:
+        said = str(report.onnx.verdict) if report.onnx.verdict is not None else "not verified"
+        lines.append(
+            Text(f"{report.onnx.path} ({report.onnx.size_bytes:,} bytes, opset {report.onnx.opset}): {said}")
+        )
+    return Group(*lines)
