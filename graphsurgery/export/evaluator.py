@@ -1,0 +1,166 @@
+"""Variants of an ONNX graph for verification: in float64, and with its constants moved by a unit in the last place."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+from graphsurgery.errors import GraphSurgeryError, VerificationError
+from graphsurgery.export.sessions import OnnxSession, read_model
+
+__all__ = ["Float64Evaluator", "macs", "nudged_session"]
+
+_LOW = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+_NUMPY_EPS = {TensorProto.FLOAT: 2.0**-23, TensorProto.FLOAT16: 2.0**-10, TensorProto.DOUBLE: 2.0**-52}
+_LARGEST_PROTO = 2**31 - 1
+_MAX_MACS = 2e8
+"""Multiplications up to which the reference evaluator, which is plain numpy, answers within seconds."""
+
+
+class Float64Evaluator:
+    """An ONNX graph, every float of it in float64, on the reference evaluator.
+
+    Attributes:
+        inputs: Dtype and shape of each input, as in `OnnxSession`.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._evaluator = ReferenceEvaluator(_in_float64(model))
+        self._outputs = tuple(value.name for value in model.graph.output)
+        initializers = {tensor.name for tensor in model.graph.initializer}
+        self.inputs: dict[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]] = {
+            value.name: (None, _shape(value)) for value in model.graph.input if value.name not in initializers
+        }
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Float64Evaluator | None:
+        """Return the evaluator of a file; None where the graph is too large for it or uses what it does not know."""
+        model = read_model(path)
+        if macs(model) > _MAX_MACS:
+            return None
+        try:
+            return cls(model)
+        except Exception:  # noqa: BLE001 - any kind: without an anchor the verdict says so and goes on
+            return None
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs by name, floats in float64.
+
+        Raises:
+            VerificationError: The evaluator failed.
+        """
+        arrays = {name: _promote(tensor).cpu().numpy() for name, tensor in feeds.items()}
+        try:
+            with np.errstate(all="ignore"):
+                found = self._evaluator.run(None, arrays)
+        except Exception as error:  # noqa: BLE001 - plain numpy code for each operator, which raises anything
+            raise VerificationError(f"the ONNX reference evaluator failed in float64: {error}") from error
+        pairs = zip(self._outputs, found, strict=True)
+        return {name: torch.from_numpy(np.array(value)) for name, value in pairs}
+
+
+def _promote(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims)
+
+
+def _in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with constants, casts and declared types of lower floats turned into float64."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    graphs: list[Any] = [copied.graph, *copied.functions]
+    while graphs:
+        graph = graphs.pop()
+        for value in (*getattr(graph, "input", ()), *getattr(graph, "output", ()), *graph.value_info):
+            if not isinstance(value, str) and value.type.tensor_type.elem_type in _LOW:
+                value.type.tensor_type.elem_type = TensorProto.DOUBLE
+        for tensor in getattr(graph, "initializer", ()):
+            _tensor_to_float64(tensor)
+        for node in graph.node:
+            graphs += _node_to_float64(node)
+    return copied
+
+
+def _tensor_to_float64(tensor: TensorProto) -> None:
+    if tensor.data_type in _LOW:
+        array = numpy_helper.to_array(tensor).astype(np.float64)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def _node_to_float64(node: onnx.NodeProto) -> list[Any]:
+    """Turn the dtypes that a node names into float64; return its subgraphs."""
+    subgraphs: list[Any] = []
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            _tensor_to_float64(attribute.t)
+        if attribute.name in {"to", "dtype", "stash_type", "output_dtype"} and attribute.i in _LOW:
+            attribute.i = TensorProto.DOUBLE
+        subgraphs += [attribute.g] if attribute.HasField("g") else []
+        subgraphs += list(attribute.graphs)
+    if node.op_type == "Constant":
+        for attribute in node.attribute:
+            if attribute.name in {"value_float", "value_floats"}:
+                floats = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+                array = np.asarray(floats, dtype=np.float64)
+                attribute.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(array)))
+    return subgraphs
+
+
+def macs(model: onnx.ModelProto) -> float:
+    """Return about how many multiplications one run takes: convolutions and products with an initializer.
+
+    A free dimension counts as one; what shape inference cannot tell counts as infinite.
+    """
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return math.inf
+    shapes = {v.name: _shape(v) for v in (*inferred.graph.value_info, *inferred.graph.output)}
+    total = 0.0
+    for node in model.graph.node:
+        if node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul"}:
+            continue
+        weight = next((sizes[name] for name in node.input[1:2] if name in sizes), None)
+        shape = shapes.get(node.output[0])
+        if weight is None:
+            continue
+        if shape is None:
+            return math.inf
+        positions = shape[2:] if node.op_type.startswith("Conv") else shape[:-1]
+        total += math.prod(weight) * math.prod(size for size in positions if isinstance(size, int))
+    return total
+
+
+def nudged_session(path: str | os.PathLike[str], seed: int, ulps: float) -> OnnxSession | None:
+    """Return a session of the graph in a file with every float constant moved by `ulps` units; None above 2 GB."""
+    model = read_model(path)
+    generator = np.random.default_rng(seed)
+    for tensor in model.graph.initializer:
+        eps = _NUMPY_EPS.get(tensor.data_type)
+        if eps is None or math.prod(tensor.dims) == 0:
+            continue
+        array = numpy_helper.to_array(tensor)
+        drawn = generator.random(array.shape) - 0.5
+        step = np.sign(drawn) * (0.5 + np.abs(drawn)) * (eps * ulps)
+        moved = (array.astype(np.float64) * (1.0 + step)).astype(array.dtype)
+        tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+    if model.ByteSize() > _LARGEST_PROTO:
+        return None
+    try:
+        return OnnxSession(model.SerializeToString(), optimised=False)
+    except GraphSurgeryError:
+        return None

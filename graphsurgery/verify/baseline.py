@@ -1,0 +1,286 @@
+"""A reference, run once: its anchor and its rounding noise, against which any number of candidates are judged."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from graphsurgery.errors import GraphSurgeryError, VerificationError
+from graphsurgery.verify.compare import (
+    ELEMENTARY_ULPS,
+    ORDER_OF_SUMMATION,
+    STORED_ULPS,
+    STORED_WEIGHTS,
+    Yardstick,
+    canonical,
+)
+from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, battery, samples_for
+from graphsurgery.verify.judge import judge
+from graphsurgery.verify.precision import nudge_inputs
+from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, Runner, TorchRunner, runner_for
+from graphsurgery.verify.verdict import Verdict
+
+__all__ = ["Baseline", "Output"]
+
+_DRAWS_FULL, _DRAWS_LEAN = 2, 1
+_DECISION_ULPS = 16.0
+"""How far the data are moved to find the integers that hang on rounding (an argmax near a tie)."""
+
+_SEED_OF_NOISE = 7919
+
+
+@dataclass
+class Output:
+    """What is known of one output of the reference.
+
+    Attributes:
+        name: Its name.
+        native: Values in the reference's own dtype, one tensor per run.
+        anchor: Values that errors are measured against: float64, or the native ones where there is no float64 run.
+        overflowed: For floats, where the native value or a nudged one is not finite though the anchor is.
+        undecided: For integers, where rounding changes the reference's own value.
+        yardstick: The rounding noise of a float output.
+        stored: The noise of storing the weights, in float64; None until a torch candidate asks for it.
+    """
+
+    name: str
+    native: list[Tensor]
+    anchor: list[Tensor]
+    overflowed: list[Tensor]
+    undecided: list[Tensor]
+    yardstick: Yardstick | None = None
+    stored: Yardstick | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are real or complex numbers and not integers or booleans."""
+        return self.native[0].is_floating_point() or self.native[0].is_complex()
+
+
+class Baseline:
+    """The reference side of a verification, run on a battery of inputs.
+
+    Args:
+        reference: nn.Module, GraphModule, path of an .onnx file, or a `Runner`.
+        inputs: Example inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        dynamic_batch: Whether the leading dimension of the inputs is free; then batch 1 and a larger one are run.
+        samples: Number of cases; None chooses 3 to 8 by the cost of one.
+        seed: Seed of the battery.
+
+    Attributes:
+        outputs: The reference's outputs in order.
+        batches: The runs that the reference answered.
+        anchor: What the errors are measured against, in words.
+        notes: Sentences for the verdict.
+
+    Raises:
+        VerificationError: The reference cannot be run on the example, or has nothing to compare.
+    """
+
+    def __init__(
+        self,
+        reference: object,
+        inputs: object,
+        *,
+        dynamic_batch: bool = False,
+        samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.runner = runner_for(reference)
+        self.seed = seed
+        self.notes: list[str] = []
+        example = as_inputs(inputs)
+        if samples is None:
+            samples = samples_for(self._flops(example, dynamic_batch))
+        self.full = samples >= len(CASES)
+        self.batches, native = self._run_native(
+            battery(example, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
+        )
+        self.double = isinstance(self.runner, TorchRunner) and self.runner.is_double(example)
+        exact = self._run_exact(native)
+        self.outputs = self._outputs(native, exact)
+        self._measure_noise(measured=exact is not None and not self.double)
+        self._require_something()
+
+    def compare(self, candidate: object) -> Verdict:
+        """Return the verdict on a candidate: nn.Module, GraphModule, path of an .onnx file, or a `Runner`.
+
+        Raises:
+            VerificationError: The candidate cannot be loaded. One that loads but fails in the run is a verdict.
+            RuntimeUnavailableError: onnxruntime has no kernel for an operator of the file.
+        """
+        return judge(self, runner_for(candidate))
+
+    # -- running the reference -------------------------------------------------------------------------------------
+
+    def _flops(self, example: Inputs, dynamic_batch: bool) -> float:
+        one = battery(example, dynamic_batch=dynamic_batch, samples=1)[0].inputs
+        if isinstance(self.runner, OnnxRunner):
+            return self.runner.flops()
+        with FlopCounterMode(display=False) as counter:
+            self._try_example(lambda: self.runner.run(one))
+        return float(counter.get_total_flops())
+
+    def _try_example(self, run: Callable[[], Outputs]) -> Outputs:
+        try:
+            return run()
+        except GraphSurgeryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the caller's forward may raise anything
+            raise VerificationError(
+                f"{self.runner.name} raised on the example inputs, so there is nothing to compare with: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _run_native(self, batches: tuple[Batch, ...]) -> tuple[list[Batch], list[Outputs]]:
+        kept, found = [batches[0]], [self._try_example(lambda: self.runner.run(batches[0].inputs))]
+        for batch in batches[1:]:
+            try:
+                outputs = self.runner.run(batch.inputs)
+            except Exception as error:  # noqa: BLE001 - the caller's forward may raise anything
+                self.notes.append(
+                    f"the reference declined {', '.join(batch.cases)} ({type(error).__name__}: {error}), "
+                    "so these were not compared"
+                )
+                continue
+            kept.append(batch)
+            found.append(outputs)
+        return kept, found
+
+    def _run_exact(self, native: list[Outputs]) -> list[Outputs] | None:
+        """Return the outputs in float64; None where there is no such run."""
+        if self.double:
+            self.anchor = f"{self.runner.name} itself, which is float64"
+            return native
+        runner = self.runner.float64() if isinstance(self.runner, ReferenceRunner) else None
+        reason = "it cannot be run in float64"
+        if runner is not None:
+            try:
+                exact = [runner.run(batch.inputs) for batch in self.batches]
+                shapes = [[tuple(v.shape) for v in outputs.values()] for outputs in exact]
+                if shapes == [[tuple(v.shape) for v in outputs.values()] for outputs in native]:
+                    self.anchor = runner.name
+                    return exact
+                reason = "its outputs have other shapes in float64"
+            except Exception as error:  # noqa: BLE001 - operators without a float64 kernel raise all kinds
+                reason = f"it fails in float64 ({type(error).__name__}: {error})"
+        self.anchor = f"{self.runner.name} itself, no float64 anchor"
+        self.notes.append(
+            f"no float64 anchor for {self.runner.name}: {reason}; errors are measured from its own outputs, and the "
+            "bound from how far these move when its parameters and inputs move by a unit in the last place"
+        )
+        return None
+
+    def _outputs(self, native: list[Outputs], exact: list[Outputs] | None) -> list[Output]:
+        found = []
+        for name in native[0]:
+            values = [outputs[name] for outputs in native]
+            anchor = [outputs[name] for outputs in exact] if exact else values
+            output = Output(
+                name,
+                values,
+                anchor,
+                [a.isfinite() & ~v.isfinite() for a, v in zip(anchor, values, strict=True)],
+                [a != v for a, v in zip(anchor, values, strict=True)],
+            )
+            if output.is_float:
+                output.yardstick = self._yardstick(output, ORDER_OF_SUMMATION, ELEMENTARY_ULPS)
+            found.append(output)
+        return found
+
+    def _yardstick(self, output: Output, program: float, ulps: float, runs: int | None = None) -> Yardstick:
+        info = torch.finfo(output.native[0].dtype)
+        return Yardstick(
+            [self.canonical(value, i) for i, value in enumerate(output.anchor[:runs])],
+            [batch.cases for batch in self.batches[:runs]],
+            [(*v.shape, 2) if v.is_complex() else tuple(v.shape) for v in output.anchor[:runs]],
+            info.eps,
+            info.tiny,
+            program,
+            ulps,
+        )
+
+    def canonical(self, value: Tensor, run: int) -> Tensor:
+        """Return an output of one run as (case, ...) in float64."""
+        batch = self.batches[run]
+        return canonical(value, len(batch.cases), batch.stacked)
+
+    # -- rounding noise --------------------------------------------------------------------------------------------
+
+    def _measure_noise(self, *, measured: bool) -> None:
+        if measured:
+            for output in self.outputs:
+                if output.yardstick is not None:
+                    values = [self.canonical(value, run) for run, value in enumerate(output.native)]
+                    output.yardstick.add_draw(values, reference=True)
+        draws = _DRAWS_FULL if self.full else _DRAWS_LEAN
+        done = sum(self._nudge(_SEED_OF_NOISE + draw, 1.0) for draw in range(draws))
+        if done == 0:
+            self.notes.append(
+                f"{self.runner.name} cannot be run with its data moved, so the bound holds little more than the "
+                "rounding of its own run"
+            )
+        if not all(output.is_float for output in self.outputs):
+            for draw in range(_DRAWS_FULL):
+                self._nudge(_SEED_OF_NOISE + 100 + draw, _DECISION_ULPS, integers=True)
+
+    def _nudge(self, seed: int, ulps: float, *, integers: bool = False) -> bool:
+        """Take one nudged run of the reference into the noise; return whether it could be run."""
+        runner = self.runner.nudged(seed, ulps) if isinstance(self.runner, ReferenceRunner) else None
+        if runner is None:
+            return False
+        try:
+            found = [runner.run(nudge_inputs(batch.inputs, ulps, seed)) for batch in self.batches]
+        except Exception as error:  # noqa: BLE001 - the caller's forward may check its values and raise
+            self.notes.append(f"the reference declined moved data ({type(error).__name__}: {error})")
+            return False
+        for output in self.outputs:
+            values = [outputs[output.name] for outputs in found]
+            if output.yardstick is not None and not integers:
+                output.yardstick.add_draw([self.canonical(v, run) for run, v in enumerate(values)])
+                for mask, value in zip(output.overflowed, values, strict=True):
+                    mask |= ~value.isfinite()
+            elif not output.is_float:
+                for mask, value, anchor in zip(output.undecided, values, output.anchor, strict=True):
+                    mask |= value != anchor
+        return True
+
+    def measure_stored(self) -> int | None:
+        """Measure, once, what storing the weights does in float64; return the number of runs it covers.
+
+        None where there is no float64 comparison: the reference is float64 itself, or no torch module.
+        """
+        if self.double or not isinstance(self.runner, TorchRunner):
+            return None
+        runs = len(self.batches) if self.full else 1
+        floats = [output for output in self.outputs if output.yardstick is not None]
+        if all(output.stored is not None for output in floats):
+            return runs
+        if self.anchor.endswith("no float64 anchor"):
+            return None
+        runner = self.runner.float64_stored(_SEED_OF_NOISE)
+        found = [runner.run(batch.inputs) for batch in self.batches[:runs]]
+        for output in floats:
+            output.stored = self._yardstick(output, STORED_WEIGHTS, STORED_ULPS, runs)
+            output.stored.add_draw([self.canonical(o[output.name], run) for run, o in enumerate(found)])
+        return runs
+
+    def _require_something(self) -> None:
+        if not any(value.numel() for output in self.outputs for value in output.native):
+            raise VerificationError(
+                f"{self.runner.name} returned no values on the example ({len(self.outputs)} outputs), so nothing can "
+                "be compared; expected at least one tensor with elements"
+            )
+        if all(bool(value.isnan().all()) for output in self.outputs for value in output.native):
+            raise VerificationError(
+                f"every output of {self.runner.name} is NaN on every input, so nothing can be compared; "
+                "look for NaN in its weights or in the example"
+            )
+        gc.collect()  # the copies that made the noise
+
+

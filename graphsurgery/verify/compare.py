@@ -1,0 +1,290 @@
+"""The criterion: how far a correct program may lie from the exact values of the function.
+
+Two float32 programs of one function differ, and by how much depends on the network and the input. So nothing here is
+a fixed tolerance. Notation, for one output:
+
+- `y`       anchor: the reference in float64
+- `d_0`     the reference in its own dtype
+- `d_1..k`  the reference in its own dtype with every parameter and every input moved by about one unit in the last
+            place, at random. A backward-stable program is one that answers exactly for data moved that little, so
+            the spread of the draws is what rounding can do to *this* function on *this* input: it holds the depth,
+            the cancellation, and the amplification by normalisations, without a model of any of them.
+- `s`       a case (a row of the batch); `g` a channel: a slice along axis 1, and again along the last axis.
+
+Per case and channel, with maxima over the elements of the slice (a wrong border is a few elements):
+
+    noise[s,g] = max over draws of max |d - y|          scale[s,g] = max |y|          error[s,g] = max |candidate - y|
+
+One channel of a row of logits is a single number, and a few draws of one number may be small by chance. So the noise
+is smoothed by what the other cases and channels say, never by a larger channel's absolute size:
+
+    T[s,g] = max( noise[s,g],                            measured there
+                  max_g noise[s,:] * p[g],               the channel's usual share of the case's noise
+                  max_g scale[s,:] * q[g] * r )          the output's usual noise relative to a channel's scale
+    p[g] = rms_s( noise[s,g] / max_g noise[s,:] ),  q[g] likewise from scale,  r = median( noise / usual scale )
+
+The candidate passes when, for every s and g,
+
+    error[s,g] <= factor * T[s,g] + floor[s,g]
+    floor[s,g] = 4 eps * scale[s,g] + smallest normal number
+    factor     = c * sqrt( ln(2 N m / a) / ln(2 m k) )
+
+The square root is the ratio of two extremes of normal noise: the greatest of all N m values that the candidate is
+judged on (m in each of N slices), exceeded with probability `a` = 1e-6, over the greatest of the m k values that one
+entry of the table was made from. `c` = 4 is for programs that add in another order: the error of a sum of n terms
+grows between sqrt(log n) (pairwise) and sqrt(n / 2) (one after the other) for terms of random sign [Higham, Mary
+2019], and between the blocked sums of the kernels in use that ratio stays below 4. In float64, where the sums are
+exact by comparison and only the storage of the weights is left, `c` = 2 and the floor is one unit. The floor covers
+the last operation alone: elementary functions of the runtimes in use are good to 4 units in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphsurgery.verify.verdict import Comparison
+
+__all__ = [
+    "ELEMENTARY_ULPS",
+    "ORDER_OF_SUMMATION",
+    "STORED_ULPS",
+    "STORED_WEIGHTS",
+    "Yardstick",
+    "allowed_factor",
+    "canonical",
+]
+
+ORDER_OF_SUMMATION = 4.0
+"""`c` of the module's docstring where both programs round their sums."""
+
+STORED_WEIGHTS = 2.0
+"""`c` in float64, where only the weights were rounded."""
+
+FALSE_ALARM = 1e-6
+"""Probability with which correct programs of equal quality may fail one output."""
+
+ELEMENTARY_ULPS = 4.0
+"""Units in the last place by which elementary functions may be off: the floor where programs round."""
+
+STORED_ULPS = 1.0
+"""The floor in float64: a scale and a shift, each stored with half a unit of rounding."""
+
+
+def allowed_factor(slices: int, elements: int, draws: int, program: float) -> float:
+    """Return the factor of the module's docstring.
+
+    Args:
+        slices: N, number of slices judged.
+        elements: m, elements in one slice.
+        draws: k, runs that the noise was measured on.
+        program: c, ratio of rounding errors between programs of one function.
+    """
+    many = math.log(2.0 * max(1, slices) * max(1, elements) / FALSE_ALARM)
+    few = math.log(2.0 * max(1, elements) * max(1, draws))
+    return program * math.sqrt(many / few)
+
+
+def canonical(value: Tensor, rows: int, stacked: bool) -> Tensor:
+    """Return `value` in float64 as (case, ..., at least one more axis), without moving an element."""
+    value = torch.view_as_real(value) if value.is_complex() else value
+    value = value.detach().to(torch.float64)
+    if not (stacked and value.ndim and value.shape[0] == rows):
+        value = value.unsqueeze(0)
+    return value.unsqueeze(1) if value.ndim == 1 else value
+
+
+@dataclass
+class Yardstick:
+    """Anchor and rounding noise of one float output over all runs.
+
+    Attributes:
+        anchors: One tensor (case, ...) in float64 per run.
+        cases: Names of the cases of each run, one per row.
+        shapes: The output's own shape in each run, a last axis of 2 added if it is complex.
+        eps: Distance from 1 to the next number of the output's dtype.
+        smallest: Smallest normal number of that dtype.
+        program: `c` of the module's docstring.
+        ulps: Units in the last place of the floor.
+    """
+
+    anchors: list[Tensor]
+    cases: list[tuple[str, ...]]
+    shapes: list[tuple[int, ...]]
+    eps: float
+    smallest: float
+    program: float
+    ulps: float
+    draws: int = 0
+    reference: _Spread | None = None
+    noise: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def add_draw(self, outputs: list[Tensor], *, reference: bool = False) -> None:
+        """Take one run of the reference (`reference`: as it is, not nudged) into the noise."""
+        errors = [_errors(value, anchor) for value, anchor in zip(outputs, self.anchors, strict=True)]
+        for axis in self._axes():
+            found = [_slice_max(error, axis) for error in errors]
+            old = self.noise.get(axis)
+            self.noise[axis] = [torch.maximum(a, b) for a, b in zip(old, found, strict=True)] if old else found
+        self.draws += 1
+        if reference:
+            self.reference = _spread(errors, self.anchors)
+
+    def _axes(self) -> tuple[int, ...]:
+        return (1,) if all(anchor.ndim == 2 for anchor in self.anchors) else (1, -1)
+
+    def judge(self, outputs: list[Tensor], precision: str) -> Comparison:
+        """Compare a candidate's outputs, one (case, ...) tensor in float64 per run; only finite values count."""
+        errors = [_errors(value, anchor) for value, anchor in zip(outputs, self.anchors, strict=True)]
+        parts = [self._judge_axis(errors, axis) for axis in self._axes()]
+        worst = max(parts, key=lambda part: part.share)
+        run, case, flat = worst.place
+        spread, reference = _spread(errors, self.anchors), self.reference
+        ratio = None
+        if reference is not None and reference.relative > 0:
+            ratio = spread.relative / reference.relative
+        return Comparison(
+            precision=precision,
+            max_error=spread.greatest,
+            mean_error=spread.mean,
+            reference_max_error=reference.greatest if reference else None,
+            reference_mean_error=reference.mean if reference else None,
+            rounding_ratio=ratio,
+            factor=worst.factor,
+            factor_needed=worst.factor * max(part.needed for part in parts),
+            resolution=min(part.resolution for part in parts),
+            worst_case=self.cases[run][min(case, len(self.cases[run]) - 1)],
+            worst_index=_unravel(flat, self.shapes[run]),
+            worst_expected=float(self.anchors[run].flatten()[flat]),
+            worst_got=float(outputs[run].flatten()[flat]),
+        )
+
+    def allowed(self) -> list[Tensor]:
+        """Return, per run, the allowed error of each element along axis 1, as (case, channel)."""
+        return [floor + factor * level for factor, level, floor in self._levels(1)]
+
+    def _levels(self, axis: int) -> list[tuple[float, Tensor, Tensor]]:
+        """Return factor, T and floor of each run, the last two as (case, slice)."""
+        scales = [_slice_max(_finite(anchor).abs(), axis) for anchor in self.anchors]
+        noises = self.noise.get(axis) or [torch.zeros_like(scale) for scale in scales]
+        slices = sum(scale.numel() for scale in scales)
+        levels: list[tuple[float, Tensor, Tensor]] = []
+        for anchor, scale, noise in zip(self.anchors, scales, noises, strict=True):
+            alike = [i for i, other in enumerate(scales) if other.shape[1] == scale.shape[1]]
+            level = _level(noise, scale, [noises[i] for i in alike], [scales[i] for i in alike])
+            elements = anchor.numel() // max(1, scale.numel())
+            factor = allowed_factor(slices, elements, self.draws, self.program)
+            levels.append((factor, level, self.ulps * self.eps * scale + self.smallest))
+        return levels
+
+    def _judge_axis(self, errors: list[Tensor], axis: int) -> _Part:
+        best = _Part(-1.0, 0.0, 1.0, math.inf, (0, 0, 0))
+        needed, resolutions = 0.0, []
+        for run, (factor, level, floor) in enumerate(self._levels(axis)):
+            error = _slice_max(errors[run], axis)
+            if error.numel() == 0:
+                continue
+            excess = (error - floor).clamp_min(0.0)
+            used = torch.where(excess > 0, excess / (factor * level), torch.zeros_like(excess))
+            needed = max(needed, float(used.max()))
+            bound = factor * level + floor
+            scale = _slice_max(_finite(self.anchors[run]).abs(), axis)
+            resolutions.append((bound / scale)[scale > 0])
+            share = error / bound
+            if float(share.max()) > best.share:
+                case, channel = divmod(int(share.argmax()), share.shape[1])
+                flat = _flat_index(errors[run], axis, case, channel)
+                best = _Part(float(share.max()), 0.0, factor, math.inf, (run, case, flat))
+        known = torch.cat(resolutions) if resolutions else torch.empty(0)
+        resolution = float(known.median()) if known.numel() else 0.0
+        return _Part(best.share, needed, best.factor, resolution, best.place)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Result along one axis: greatest share of what is allowed, share of the factor needed, where."""
+
+    share: float
+    needed: float
+    factor: float
+    resolution: float
+    place: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Spread:
+    greatest: float
+    mean: float
+    relative: float
+    """Root mean square over the cases of the greatest error relative to the case's greatest value."""
+
+
+def _spread(errors: list[Tensor], anchors: list[Tensor]) -> _Spread:
+    count = sum(error.numel() for error in errors)
+    greatest = max((float(error.max()) for error in errors if error.numel()), default=0.0)
+    shares = []
+    for error, anchor in zip(errors, anchors, strict=True):
+        if error.numel():
+            scale = _finite(anchor).abs().flatten(1).amax(1)
+            shares.append((error.flatten(1).amax(1) / scale)[scale > 0])
+    known = torch.cat(shares) if shares else torch.empty(0)
+    relative = float(known.square().mean().sqrt()) if known.numel() else 0.0
+    return _Spread(greatest, sum(float(error.sum()) for error in errors) / max(1, count), relative)
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, rest = divmod(flat, max(1, size))
+        index.insert(0, rest)
+    return tuple(index)
+
+
+def _finite(value: Tensor) -> Tensor:
+    return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _errors(value: Tensor, anchor: Tensor) -> Tensor:
+    """Return absolute differences; 0 where either is not finite, which is judged apart."""
+    both = value.isfinite() & anchor.isfinite()
+    return torch.where(both, (value - anchor).abs(), torch.zeros_like(anchor))
+
+
+def _slice_max(value: Tensor, axis: int) -> Tensor:
+    """Return (case, slice): the greatest value of each slice along `axis`."""
+    moved = value.movedim(axis, 1).flatten(2) if value.ndim > 2 else value.unsqueeze(-1)
+    if moved.numel() == 0:
+        return value.new_zeros(moved.shape[:2])
+    return moved.amax(2)
+
+
+def _flat_index(error: Tensor, axis: int, case: int, channel: int) -> int:
+    mask = torch.zeros_like(error, dtype=torch.bool)
+    mask[case].select(axis - 1 if axis > 0 else axis, channel).fill_(True)
+    return int(torch.where(mask, error, torch.full_like(error, -1.0)).argmax())
+
+
+def _profile(values: list[Tensor]) -> Tensor:
+    """Return each slice's usual share of the greatest value of its case: (slice,)."""
+    stacked = torch.cat(values)
+    greatest = stacked.amax(1, keepdim=True)
+    known = greatest[:, 0] > 0
+    if not bool(known.any()):
+        return stacked.new_zeros(stacked.shape[1])
+    return (stacked[known] / greatest[known]).square().mean(0).sqrt()
+
+
+def _level(noise: Tensor, scale: Tensor, noises: list[Tensor], scales: list[Tensor]) -> Tensor:
+    """Return T of the module's docstring for one run; `noises` and `scales` are those of all runs."""
+    if noise.numel() == 0:
+        return noise
+    shares, usual = _profile(noises), _profile(scales)
+    expected = torch.cat(scales).amax(1, keepdim=True) * usual
+    relative = (torch.cat(noises) / expected)[expected > 0]
+    typical = float(relative.median()) if relative.numel() else 0.0
+    by_noise = noise.amax(1, keepdim=True) * shares
+    by_scale = scale.amax(1, keepdim=True) * usual * typical
+    return torch.maximum(noise, torch.maximum(by_noise, by_scale))

@@ -1,0 +1,238 @@
+"""What the programs are run on: the example, and a seeded battery of inputs made after its likeness.
+
+A battery holds, in order of importance (a dear model gets fewer, see `samples_for`):
+
+1. `example`    the caller's own input
+2. `normal`     normal noise with the mean and the deviation of the example
+3. `impulses`   zero, but for seeded values at corners, borders and centre: paddings and border maps show here
+4. `large`      normal noise, 2^10 times as large (2^3 in float16, whose range is short)
+5. `zeros`      what remains is the shift, f(0)
+6. `tiny`       normal noise, 2^-10 times as large
+7. `constant`   the same value everywhere: normalisations amplify the rounding there
+8. `example[1]` the second row of the example if it has one, else `normal[1]`
+
+Integer and boolean inputs (token ids, masks) are drawn uniformly between the least and the greatest value of the
+example for the cases of noise, and kept as they are elsewhere, so no id leaves the range that the caller showed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphsurgery.errors import VerificationError
+
+__all__ = ["CASES", "Batch", "Inputs", "as_inputs", "battery", "samples_for"]
+
+CASES = ("example", "normal", "impulses", "large", "zeros", "tiny", "constant", "example[1]")
+"""The cases of a full battery, most important first."""
+
+_FLOPS_PER_PASS = 40e9
+"""Floating point operations that one pass over the battery may cost: some seconds on two cores in float64."""
+
+_FEWEST = 3
+_NOISE_CASES = frozenset({"normal", "large", "tiny", "example[1]"})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call of a model: positional and keyword arguments, any nesting of tensors and plain values."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    def leaves(self) -> list[Any]:
+        """Return the flat arguments, positional first, in the order in which ONNX export names them."""
+        return pytree.tree_leaves((self.args, dict(self.kwargs or {})))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the leaves."""
+        return [leaf for leaf in self.leaves() if isinstance(leaf, Tensor)]
+
+    def names(self) -> list[str | None]:
+        """Return, for each tensor leaf, the keyword it was given by; None if positional or nested."""
+        flat, _ = pytree.tree_flatten_with_path((self.args, dict(self.kwargs or {})))
+        found: list[str | None] = []
+        for path, leaf in flat:
+            if isinstance(leaf, Tensor):
+                keyword = len(path) == 2 and getattr(path[0], "idx", None) == 1
+                found.append(str(getattr(path[1], "key", "")) if keyword else None)
+        return found
+
+    def replace(self, leaves: list[Any]) -> Inputs:
+        """Return the same structure around other leaves."""
+        spec = pytree.tree_structure((self.args, dict(self.kwargs or {})))
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return Inputs(args, kwargs)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one run.
+
+    Attributes:
+        inputs: The arguments.
+        cases: Names of the cases in it: one per row if `stacked`, else one for the whole run.
+        stacked: Whether the rows are cases of their own (dynamic batch).
+    """
+
+    inputs: Inputs
+    cases: tuple[str, ...]
+    stacked: bool
+
+
+def as_inputs(inputs: object) -> Inputs:
+    """Return example inputs in one form: a tensor, a tuple or list of arguments, or a mapping of keywords.
+
+    Raises:
+        VerificationError: There is no tensor among them.
+    """
+    if isinstance(inputs, Inputs):
+        found = inputs
+    elif isinstance(inputs, Mapping):
+        found = Inputs((), dict(inputs))
+    elif isinstance(inputs, tuple | list):
+        found = Inputs(tuple(inputs))
+    else:
+        found = Inputs((inputs,))
+    leaves = [_as_tensor(leaf) for leaf in found.leaves()]
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise VerificationError(
+            "verify needs at least one example tensor to run on, got none; "
+            "pass a tensor, a tuple of arguments or a mapping of keyword arguments"
+        )
+    return found.replace(leaves)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return torch.from_numpy(leaf.copy())
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def samples_for(flops: float) -> int:
+    """Return how many cases to run when one of them costs `flops` floating point operations: 3 to 8."""
+    return int(max(_FEWEST, min(len(CASES), _FLOPS_PER_PASS // max(flops, 1.0))))
+
+
+def battery(
+    example: Inputs, *, dynamic_batch: bool, samples: int = len(CASES), seed: int = 0
+) -> tuple[Batch, ...]:
+    """Return the runs of a battery.
+
+    Args:
+        example: The caller's inputs.
+        dynamic_batch: Whether the leading dimension is free. Then the cases are rows: the example alone at batch 1,
+            the others together in a second batch. Else each case is one run with the example's shapes. Tensors whose
+            leading size differs from that of the first one are taken to have no batch dimension.
+        samples: Number of cases, at least 1; the first ones of `CASES`.
+        seed: Seed of the generator; the global one is not touched.
+    """
+    cases = CASES[: max(1, samples)]
+    generator = torch.Generator().manual_seed(seed)
+    size = batch_size(example) if dynamic_batch else None
+    if size is None:
+        made = [_whole(example, case, generator) for case in cases]
+        return tuple(Batch(inputs, (case,), False) for case, inputs in zip(cases, made, strict=True))
+    rows = [_row(example, case, size, generator) for case in cases]
+    batches = [Batch(rows[0], cases[:1], True)]
+    if len(rows) > 1:
+        batches.append(Batch(_stack(rows[1:], _batched(example, size)), cases[1:], True))
+    return tuple(batches)
+
+
+def batch_size(inputs: Inputs) -> int | None:
+    """Return the leading size of the first tensor that has one."""
+    return next((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.ndim and tensor.shape[0]), None)
+
+
+def _batched(inputs: Inputs, size: int) -> list[bool]:
+    return [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size for x in inputs.leaves()]
+
+
+def _stack(rows: list[Inputs], batched: list[bool]) -> Inputs:
+    columns = zip(*(row.leaves() for row in rows), strict=True)
+    leaves = [torch.cat(column) if free else column[0] for column, free in zip(columns, batched, strict=True)]
+    return rows[0].replace(leaves)
+
+
+def _row(example: Inputs, case: str, size: int, generator: torch.Generator) -> Inputs:
+    leaves = []
+    for leaf, free in zip(example.leaves(), _batched(example, size), strict=True):
+        if not free:
+            leaves.append(leaf)
+            continue
+        second = case == "example[1]" and size > 1
+        row = leaf[1:2] if second else leaf[:1]
+        leaves.append(row if second or case == "example" else _fill(row, leaf, case, generator))
+    return example.replace(leaves)
+
+
+def _whole(example: Inputs, case: str, generator: torch.Generator) -> Inputs:
+    if case == "example":
+        return example
+    leaves = example.leaves()
+    return example.replace([_fill(x, x, case, generator) if isinstance(x, Tensor) else x for x in leaves])
+
+
+def _fill(like: Tensor, example: Tensor, case: str, generator: torch.Generator) -> Tensor:
+    """Return a tensor of the shape and dtype of `like`, with the statistics of `example`, for one case."""
+    if like.is_complex() or like.is_quantized or like.layout != torch.strided:
+        return like
+    if not like.is_floating_point():
+        return _fill_integers(like, example, case, generator)
+    mean, deviation = _statistics(example)
+    level = max(abs(mean), deviation)
+    if case == "zeros":
+        values = torch.zeros(like.shape, dtype=torch.float64)
+    elif case == "constant":
+        values = torch.full(like.shape, level, dtype=torch.float64)
+    elif case == "impulses":
+        values = _impulses(like.shape, level, generator)
+    else:
+        noise = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        values = (noise * deviation + mean) * _magnitude(case, like.dtype)
+    return values.to(device=like.device, dtype=like.dtype)
+
+
+def _fill_integers(like: Tensor, example: Tensor, case: str, generator: torch.Generator) -> Tensor:
+    if case not in _NOISE_CASES or example.numel() == 0:
+        return like
+    low, high = int(example.min()), int(example.max())
+    drawn = torch.randint(low, high + 1, like.shape, generator=generator, dtype=torch.int64)
+    return drawn.to(device=like.device, dtype=like.dtype)
+
+
+def _magnitude(case: str, dtype: torch.dtype) -> float:
+    exponent = 3 if dtype == torch.float16 else 10
+    return {"large": 2.0**exponent, "tiny": 2.0**-exponent}.get(case, 1.0)
+
+
+def _statistics(example: Tensor) -> tuple[float, float]:
+    """Return mean and deviation of the finite values; 0 and 1 where they say nothing."""
+    values = example.detach().to("cpu", torch.float64).flatten()
+    values = values[values.isfinite()]
+    if values.numel() == 0:
+        return 0.0, 1.0
+    mean, deviation = float(values.mean()), float(values.std(correction=0))
+    if deviation == 0.0:
+        return mean, abs(mean) or 1.0
+    return mean, deviation
+
+
+def _impulses(shape: torch.Size, level: float, generator: torch.Generator) -> Tensor:
+    """Return zeros with values of about `level` at all corners, mid-borders and the centre of the last three axes."""
+    values = torch.zeros(shape, dtype=torch.float64)
+    spots = [sorted({0, size // 2, size - 1}) for size in shape[1:][-3:] if size]
+    if values.numel() == 0 or not spots:
+        return values
+    grid = torch.cartesian_prod(*(torch.tensor(spot) for spot in spots)).reshape(-1, len(spots))
+    drawn = torch.randn(values.shape[: values.ndim - len(spots)] + (len(grid),), generator=generator)
+    values[(..., *grid.unbind(1))] = (drawn.sign() * (0.5 + drawn.abs())).to(torch.float64) * level
+    return values

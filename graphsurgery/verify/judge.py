@@ -1,0 +1,257 @@
+"""The verdict: a candidate's outputs, matched and judged one by one against a baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graphsurgery.errors import GraphSurgeryError
+from graphsurgery.verify.runners import OnnxRunner, Outputs, Runner, TorchRunner
+from graphsurgery.verify.verdict import Comparison, OutputVerdict, Verdict
+
+if TYPE_CHECKING:
+    from graphsurgery.verify.baseline import Baseline, Output
+
+__all__ = ["judge"]
+
+
+def judge(baseline: Baseline, candidate: Runner) -> Verdict:
+    """Run `candidate` on the inputs of `baseline` and compare every output."""
+    found: list[Outputs] = []
+    for batch in baseline.batches:
+        try:
+            outputs = candidate.run(batch.inputs)
+        except Exception as error:  # noqa: BLE001 - a candidate that raises is a finding, whatever it raises
+            text = str(error) if isinstance(error, GraphSurgeryError) else f"{type(error).__name__}: {error}"
+            size = _batch_size(batch.inputs.tensors())
+            return _verdict(baseline, candidate, False, f"it failed at batch {size} ({batch.cases[0]}): {text}")
+        found.append(outputs)
+    mismatch = _structure(baseline, candidate, found)
+    if mismatch:
+        return _verdict(baseline, candidate, False, mismatch)
+    exact, notes = _exact(baseline, candidate)
+    positions = range(len(baseline.outputs))
+    values = [[list(outputs.values())[i] for outputs in found] for i in positions]
+    doubles = [[list(outputs.values())[i] for outputs in exact] if exact else None for i in positions]
+    verdicts = tuple(
+        _judge_output(baseline, output, value, double)
+        for output, value, double in zip(baseline.outputs, values, doubles, strict=True)
+    )
+    notes += [
+        f"output {v.name!r} holds {v.nan} NaN, which agree in place with the reference's but say nothing"
+        for v in verdicts
+        if v.nan and v.ok
+    ]
+    ok = all(verdict.ok for verdict in verdicts)
+    return _verdict(baseline, candidate, ok, _summary(verdicts), verdicts, tuple(notes))
+
+
+def _verdict(
+    baseline: Baseline,
+    candidate: Runner,
+    ok: bool,
+    reason: str,
+    outputs: tuple[OutputVerdict, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Verdict:
+    return Verdict(
+        ok=ok,
+        reason=reason,
+        reference=baseline.runner.name,
+        candidate=candidate.name,
+        anchor=baseline.anchor,
+        outputs=outputs,
+        cases=tuple(case for batch in baseline.batches for case in batch.cases),
+        batch_sizes=tuple(dict.fromkeys(_batch_size(b.inputs.tensors()) for b in baseline.batches)),
+        seed=baseline.seed,
+        notes=(*baseline.notes, *notes),
+    )
+
+
+def _batch_size(tensors: list[Tensor]) -> int:
+    return next((int(tensor.shape[0]) for tensor in tensors if tensor.ndim), 1)
+
+
+def _structure(baseline: Baseline, candidate: Runner, found: list[Outputs]) -> str:
+    """Return in what the outputs do not match in count, order, name, shape or dtype; "" if they do."""
+    wanted = [output.name for output in baseline.outputs]
+    same_kind = any(
+        isinstance(baseline.runner, kind) and isinstance(candidate, kind) for kind in (TorchRunner, OnnxRunner)
+    )
+    for run, outputs in enumerate(found):
+        names = list(outputs)
+        if len(names) != len(wanted):
+            return (
+                f"it has {len(names)} outputs ({', '.join(names)}), the reference {len(wanted)} ({', '.join(wanted)})"
+            )
+        if same_kind and names != wanted:
+            return f"its outputs are called {', '.join(names)}, expected {', '.join(wanted)} in this order"
+        for output, got in zip(baseline.outputs, outputs.values(), strict=True):
+            expected = output.native[run]
+            if got.shape != expected.shape:
+                return f"output {output.name!r} has shape {list(got.shape)}, expected {list(expected.shape)}"
+            if got.dtype != expected.dtype:
+                return f"output {output.name!r} is {_dtype(got)}, expected {_dtype(expected)}"
+    return ""
+
+
+def _exact(baseline: Baseline, candidate: Runner) -> tuple[list[Outputs] | None, list[str]]:
+    """Return the candidate's outputs in float64, if both sides can be run in it."""
+    if not isinstance(candidate, TorchRunner):
+        return None, []
+    try:
+        runs = baseline.measure_stored()
+        if runs is None:
+            return None, []
+        runner = candidate.float64()
+        return [runner.run(batch.inputs) for batch in baseline.batches[:runs]], []
+    except Exception as error:  # noqa: BLE001 - operators without a float64 kernel raise all kinds
+        return None, [f"not compared in float64: {type(error).__name__}: {error}"]
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _judge_output(
+    baseline: Baseline, output: Output, values: list[Tensor], doubles: list[Tensor] | None
+) -> OutputVerdict:
+    first = output.native[0]
+    verdict = OutputVerdict(
+        name=output.name,
+        shape=tuple(first.shape),
+        dtype=_dtype(first),
+        elements=sum(value.numel() for value in values),
+        ok=True,
+        reason="",
+    )
+    if not output.is_float:
+        return _judge_integers(verdict, output, values)
+    yardstick = output.yardstick
+    if yardstick is None:  # pragma: no cover - every float output has one
+        raise RuntimeError(f"output {output.name!r} has no measured noise")
+    verdict = dataclasses.replace(
+        verdict, nan=sum(int(v.isnan().sum()) for v in values), inf=sum(int(v.isinf().sum()) for v in values)
+    )
+    misplaced = _misplaced(output, values)
+    if misplaced:
+        return dataclasses.replace(verdict, ok=False, reason=misplaced)
+    native = yardstick.judge([baseline.canonical(v, run) for run, v in enumerate(values)], "native")
+    exact = None
+    if doubles is not None and output.stored is not None:
+        exact = output.stored.judge([baseline.canonical(v, run) for run, v in enumerate(doubles)], "float64")
+    verdict = dataclasses.replace(verdict, native=native, float64=exact, **_top1(baseline, output, values))
+    return _conclude(verdict, native, exact)
+
+
+def _conclude(verdict: OutputVerdict, native: Comparison, exact: Comparison | None) -> OutputVerdict:
+    failed = next((c for c in (native, exact) if c is not None and not c.ok), None)
+    if failed is not None:
+        return dataclasses.replace(verdict, ok=False, reason=_difference(failed))
+    if verdict.top1_agreed < verdict.top1_checked:
+        missed = verdict.top1_checked - verdict.top1_agreed
+        reason = f"{missed} of {verdict.top1_checked} rows have another greatest class by more than rounding"
+        return dataclasses.replace(verdict, ok=False, reason=reason)
+    if native.resolution >= 1.0 and (exact is None or exact.resolution >= 1.0):
+        reason = (
+            f"inconclusive: rounding alone explains errors of {native.resolution:.2g} times the output's own size on "
+            f"most inputs; verify the model in a higher precision"
+        )
+        return dataclasses.replace(verdict, ok=False, reason=reason)
+    ratio = "" if native.rounding_ratio is None else f", {native.rounding_ratio:.2g} times the reference's own"
+    reason = (
+        f"max error {native.max_error:.2e}, mean {native.mean_error:.2e}{ratio}; needs factor "
+        f"{native.factor_needed:.2g} of {native.factor:.3g} allowed"
+    )
+    if exact is not None:
+        reason += f"; in float64 max error {exact.max_error:.2e}, factor {exact.factor_needed:.2g} of {exact.factor:.3g}"
+    if verdict.top1_checked:
+        reason += f"; top-1 agrees on {verdict.top1_agreed} of {verdict.top1_checked} clear rows"
+    return dataclasses.replace(verdict, reason=reason)
+
+
+def _difference(failed: Comparison) -> str:
+    where = "" if failed.precision == "native" else " with both cast to float64"
+    return (
+        f"got {failed.worst_got:.9g}, expected {failed.worst_expected:.9g} at {list(failed.worst_index)} on "
+        f"{failed.worst_case!r}{where}: {failed.factor_needed:.3g} times the rounding noise, allowed "
+        f"{failed.factor:.3g} (max error {failed.max_error:.2e})"
+    )
+
+
+def _kinds(value: Tensor) -> Tensor:
+    """Return 0 where finite, 1 where NaN, 2 and 3 where infinite (positive and negative)."""
+    kinds = value.isnan().to(torch.int8)
+    if value.is_complex():
+        return kinds + 2 * (value.isinf() & ~value.isnan()).to(torch.int8)
+    return kinds + 2 * value.isposinf().to(torch.int8) + 3 * value.isneginf().to(torch.int8)
+
+
+_KIND_NAMES = ("a finite value", "NaN", "+inf", "-inf")
+
+
+def _misplaced(output: Output, values: list[Tensor]) -> str:
+    """Return where NaN or infinity do not agree with the reference; "" if they do.
+
+    Where only the reference's own dtype overflowed (the anchor is finite), the candidate may or may not.
+    """
+    for run, value in enumerate(values):
+        got, anchor, native = (_kinds(x) for x in (value, output.anchor[run], output.native[run]))
+        wrong = (got != anchor) & (got != native) & ~output.overflowed[run]
+        if bool(wrong.any()):
+            index = [int(i) for i in wrong.nonzero()[0]]
+            spot = tuple(index)
+            return (
+                f"{int(wrong.sum())} values differ in kind: got {_KIND_NAMES[int(got[spot])]} where the reference "
+                f"has {_KIND_NAMES[int(native[spot])]}, first at {index}"
+            )
+    return ""
+
+
+def _judge_integers(verdict: OutputVerdict, output: Output, values: list[Tensor]) -> OutputVerdict:
+    undecided = sum(int(mask.sum()) for mask in output.undecided)
+    mismatches, first = 0, ""
+    for run, value in enumerate(values):
+        wrong = (value != output.anchor[run]) & ~output.undecided[run]
+        mismatches += int(wrong.sum())
+        if not first and bool(wrong.any()):
+            index = tuple(int(i) for i in wrong.nonzero()[0])
+            first = f"got {value[index].item()}, expected {output.anchor[run][index].item()} at {list(index)}"
+    verdict = dataclasses.replace(verdict, mismatches=mismatches, undecided=undecided)
+    if mismatches:
+        reason = f"{mismatches} of {verdict.elements} values differ that rounding does not decide: {first}"
+        return dataclasses.replace(verdict, ok=False, reason=reason)
+    if undecided == verdict.elements > 0:
+        return dataclasses.replace(verdict, ok=False, reason="inconclusive: rounding decides every value")
+    left = f", {undecided} left out because rounding decides them" if undecided else ""
+    return dataclasses.replace(verdict, reason=f"{verdict.elements - undecided} values equal{left}")
+
+
+def _top1(baseline: Baseline, output: Output, values: list[Tensor]) -> dict[str, int]:
+    """Count the rows of (batch, classes) whose margin exceeds twice the allowed error, and those that agree."""
+    if any(v.ndim != 2 or v.shape[1] < 2 or v.is_complex() for v in values) or output.yardstick is None:
+        return {"top1_checked": 0, "top1_agreed": 0}
+    checked = agreed = 0
+    for value, anchor, allowed in zip(values, output.yardstick.anchors, output.yardstick.allowed(), strict=True):
+        rows = anchor.reshape(value.shape)
+        top = rows.topk(2, dim=1).values
+        bound = allowed.reshape(value.shape).amax(1) if allowed.numel() == value.numel() else allowed.max()
+        clear = ((top[:, 0] - top[:, 1]) > 2.0 * bound) & rows.isfinite().all(1)
+        checked += int(clear.sum())
+        agreed += int((clear & (value.argmax(1) == rows.argmax(1))).sum())
+    return {"top1_checked": checked, "top1_agreed": agreed}
+
+
+def _summary(verdicts: tuple[OutputVerdict, ...]) -> str:
+    failed = [verdict for verdict in verdicts if not verdict.ok]
+    if failed:
+        more = f" (and {len(failed) - 1} more outputs)" if len(failed) > 1 else ""
+        return f"output {failed[0].name!r}: {failed[0].reason}{more}"
+    elements = sum(verdict.elements for verdict in verdicts)
+    worst = max(verdicts, key=lambda v: v.native.factor_needed / v.native.factor if v.native else -math.inf)
+    outputs = f"{len(verdicts)} output{'s' if len(verdicts) != 1 else ''}, {elements} values"
+    return f"{outputs}: {worst.reason}"

@@ -1,0 +1,303 @@
+"""What runs a program: torch in eager mode, onnxruntime.
+
+A runner is anything with a `name` and `run(inputs) -> dict of output tensors`. A runner that can also be a reference
+says how to run the same program in float64 and with its data moved by a unit in the last place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphsurgery.errors import VerificationError
+from graphsurgery.verify.inputs import Inputs
+from graphsurgery.verify.precision import (
+    Float64Mode,
+    copy_module,
+    nudge_module,
+    nudge_module_float64,
+    to_float64,
+    uses_low_precision,
+)
+
+__all__ = ["OnnxRunner", "Runner", "TorchRunner", "flatten_outputs", "runner_for"]
+
+Outputs = dict[str, Tensor]
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Runs one program.
+
+    Attributes:
+        name: What a report calls it, as "torch ResNet" or "onnxruntime out.onnx".
+    """
+
+    name: str
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return the outputs by name, in order, on the CPU."""
+        ...  # pragma: no cover - a protocol
+
+
+@runtime_checkable
+class ReferenceRunner(Runner, Protocol):
+    """A runner that can tell what rounding does to its program."""
+
+    def float64(self) -> Runner | None:
+        """Return a runner of the same program in float64; None if there is none."""
+        ...  # pragma: no cover - a protocol
+
+    def nudged(self, seed: int, ulps: float) -> Runner | None:
+        """Return a runner of the program with its parameters moved by `ulps` units; None if there is none."""
+        ...  # pragma: no cover - a protocol
+
+
+def runner_for(program: object) -> Runner:
+    """Return the runner of a torch module, of the path of an ONNX file, or a runner as it is.
+
+    Raises:
+        VerificationError: It is none of these, or the file cannot be loaded.
+        RuntimeUnavailableError: onnxruntime has no kernel for an operator of the file.
+    """
+    if isinstance(program, nn.Module):
+        return TorchRunner(program)
+    if isinstance(program, str | os.PathLike):
+        return OnnxRunner(program)
+    if isinstance(program, Runner):
+        return program
+    raise VerificationError(
+        f"cannot run a {type(program).__name__}; expected an nn.Module, a GraphModule or the path of an .onnx file"
+    )
+
+
+class TorchRunner:
+    """A module in torch's eager mode, in eval semantics, without gradients.
+
+    The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks of the
+    caller stay as they are. The global random state is restored after each run, and every run starts from one seed.
+
+    Args:
+        module: The program.
+
+    Raises:
+        VerificationError: It cannot be copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.name = f"torch {type(module).__name__}"
+        self.module = module
+        self._copy = self._fresh()
+
+    def _fresh(self) -> nn.Module:
+        try:
+            return copy_module(self.module)
+        except Exception as error:  # noqa: BLE001 - deepcopy runs the code of the caller's classes
+            raise VerificationError(
+                f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
+            ) from error
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return the outputs in the module's own dtypes."""
+        return _call(self._copy, inputs)
+
+    def is_double(self, inputs: Inputs) -> bool:
+        """Return whether parameters, buffers and inputs are all float64 already."""
+        return not uses_low_precision(self._copy, inputs)
+
+    def float64(self) -> Runner:
+        """Return a runner of the module cast to float64."""
+        return _Float64Runner(f"{self.name} in float64", self._fresh().double())
+
+    def float64_stored(self, seed: int) -> Runner:
+        """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
+        return _Float64Runner(f"{self.name} in float64, rounded", nudge_module_float64(self._fresh(), seed))
+
+    def nudged(self, seed: int, ulps: float) -> Runner:
+        """Return a runner of the module with every parameter and float buffer moved by `ulps` units."""
+        return _ModuleRunner(f"{self.name} nudged", nudge_module(self._fresh(), ulps, seed))
+
+
+class _ModuleRunner:
+    """Runs a module that is ours alone."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self._module = module
+
+    def run(self, inputs: Inputs) -> Outputs:
+        return _call(self._module, inputs)
+
+
+class _Float64Runner(_ModuleRunner):
+    """Runs a module that is ours alone with every operation in float64."""
+
+    def run(self, inputs: Inputs) -> Outputs:
+        with Float64Mode():
+            return _call(self._module, to_float64(inputs))
+
+
+def _call(module: nn.Module, inputs: Inputs) -> Outputs:
+    leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()]
+    own = inputs.replace(leaves)  # a forward may write into its input
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return flatten_outputs(module(*own.args, **dict(own.kwargs or {})))
+
+
+def flatten_outputs(found: Any) -> Outputs:
+    """Return the tensors of a nested output by name, in order, on the CPU.
+
+    A lone tensor is called "output"; others by their path ("logits", "0", "features.1"). None is left out, plain
+    numbers become tensors without dimensions.
+
+    Raises:
+        VerificationError: A leaf is neither a tensor nor a number.
+    """
+    outputs: Outputs = {}
+    for path, leaf in pytree.tree_flatten_with_path(found)[0]:
+        name = ".".join(_key_text(key) for key in path) or "output"
+        if leaf is None:
+            continue
+        if isinstance(leaf, bool | int | float | complex):
+            leaf = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
+        if not isinstance(leaf, Tensor):
+            raise VerificationError(
+                f"output {name!r} is a {type(leaf).__name__}; verify compares tensors and numbers in tuples, lists, "
+                "dictionaries and classes that torch.utils._pytree knows"
+            )
+        outputs[name] = leaf.detach().to("cpu")
+    return outputs
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+class OnnxRunner:
+    """An ONNX file on onnxruntime.
+
+    Args:
+        path: The file.
+        optimised: Whether onnxruntime may rewrite the graph.
+        input_names: Names of the flat tensor inputs, for files that lack some of them (unused inputs are dropped by
+            exporters). Without them inputs are matched by keyword, else by order.
+
+    Raises:
+        VerificationError: The file cannot be loaded.
+        RuntimeUnavailableError: onnxruntime has no kernel for one of its operators.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimised: bool = True,
+        input_names: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        from graphsurgery.export.sessions import OnnxSession, read_model
+
+        read_model(path, weights=False)  # a clear message where onnxruntime's own is not
+        self.path = Path(path)
+        self.name = name or f"onnxruntime {self.path.name}"
+        self._names = tuple(input_names) if input_names is not None else None
+        self._session = OnnxSession(path, optimised=optimised)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph's outputs."""
+        return self._session.output_names
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return the outputs by name.
+
+        Raises:
+            VerificationError: The inputs do not fit the graph, or the run failed.
+        """
+        return self._session.run(match_feeds(self._session.inputs, inputs, self._names, str(self.path)))
+
+    def flops(self) -> float:
+        """Return about how many floating point operations one run at batch 1 takes."""
+        from graphsurgery.export.evaluator import macs
+        from graphsurgery.export.sessions import read_model
+
+        return 2.0 * macs(read_model(self.path, weights=False))
+
+    def float64(self) -> Runner | None:
+        """Return a float64 runner of the graph, where it is small enough for the ONNX reference evaluator."""
+        from graphsurgery.export.evaluator import Float64Evaluator
+
+        evaluator = Float64Evaluator.of_file(self.path)
+        return None if evaluator is None else _OnnxVariant(f"{self.name} in float64", evaluator, self._names)
+
+    def nudged(self, seed: int, ulps: float) -> Runner | None:
+        """Return a runner of the graph with every float constant moved by `ulps` units; None above 2 GB."""
+        from graphsurgery.export.evaluator import nudged_session
+
+        session = nudged_session(self.path, seed, ulps)
+        return None if session is None else _OnnxVariant(f"{self.name} nudged", session, self._names)
+
+
+class _Graph(Protocol):
+    inputs: dict[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]]
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Outputs: ...  # pragma: no cover - a protocol
+
+
+class _OnnxVariant:
+    """Runs a changed copy of an ONNX graph."""
+
+    def __init__(self, name: str, graph: _Graph, names: tuple[str, ...] | None) -> None:
+        self.name = name
+        self._graph = graph
+        self._names = names
+
+    def run(self, inputs: Inputs) -> Outputs:
+        return self._graph.run(match_feeds(self._graph.inputs, inputs, self._names, self.name))
+
+
+def match_feeds(
+    wanted: Mapping[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]],
+    inputs: Inputs,
+    names: Sequence[str] | None,
+    where: str,
+) -> dict[str, Tensor]:
+    """Return the tensors of `inputs` by the names of a graph's inputs.
+
+    Raises:
+        VerificationError: Their names, number or dtypes do not fit the graph.
+    """
+    tensors = inputs.tensors()
+    known = list(names) if names is not None and len(names) == len(tensors) else inputs.names()
+    by_name = {name: tensor for name, tensor in zip(known, tensors, strict=True) if name}
+    if all(name in by_name for name in wanted):
+        feeds = {name: by_name[name] for name in wanted}
+    elif len(tensors) == len(wanted):
+        feeds = dict(zip(wanted, tensors, strict=True))
+    else:
+        raise VerificationError(
+            f"{where} has {len(wanted)} inputs ({', '.join(wanted)}), got {len(tensors)}; "
+            "pass a mapping from input name to tensor"
+        )
+    for name, (dtype, shape) in wanted.items():
+        given = feeds[name]
+        if dtype is not None and dtype != given.dtype:
+            raise VerificationError(f"input {name!r} of {where} is {dtype}, got {given.dtype}")
+        fits = len(shape) == given.ndim and all(
+            not isinstance(size, int) or size == there for size, there in zip(shape, given.shape, strict=True)
+        )
+        if not fits:
+            raise VerificationError(
+                f"input {name!r} of {where} has shape {list(shape)}, got {list(given.shape)}"
+            )
+    return feeds
