@@ -1,0 +1,79 @@
+"""When a form is worth it: costs compared, with a veto.
+
+Heavy multiplications never rise. Among what does not raise them, the sum of floating-point operations and
+moved elements decides, then nodes, then parameters. A form must beat what it replaces, so that a second run
+finds nothing. Parameters may grow by a bias; by more only where heavy multiplications fall, and within a
+stated factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphsurgery.affine.atoms import NoFold
+from graphsurgery.affine.forms import Form, candidates
+from graphsurgery.affine.program import Reshape
+from graphsurgery.affine.program import cost as program_cost
+from graphsurgery.affine.region import Region
+from graphsurgery.cost import Cost
+
+Score = tuple[int, int, int]
+
+DEFAULT_PARAM_GROWTH = 2.0
+"""How many times the parameters of what it replaces a form may have, where it saves heavy multiplications."""
+
+
+def score(cost: Cost) -> Score:
+    """What the search adds up and minimises, first figure first."""
+    return (cost.flops + cost.moved, cost.nodes, cost.params)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A form of a region and what it costs, parameters included."""
+
+    form: Form
+    cost: Cost
+
+
+def options(region: Region) -> list[Option]:
+    """All forms of a region with their costs, cheapest first.
+
+    Raises:
+        NoFold: the region has no form.
+    """
+    scope = region.scope
+    entry = scope.shape(region.entry)
+    found = []
+    for form in candidates(region.axes, entry, bool(region.heavy)):
+        if _symbolic_views(region, form):
+            continue
+        cost = program_cost(form.steps, form.slots, lambda n: scope.actual(n, 1))
+        found.append(Option(form, cost))
+    if not found:
+        raise NoFold("dynamic-shape", "its views would need more than one symbolic size")
+    return sorted(found, key=lambda option: score(option.cost))
+
+
+def _symbolic_views(region: Region, form: Form) -> bool:
+    primes: Sequence[int] = region.scope.primes
+    views = [step.out for step in form.steps if isinstance(step, Reshape)]
+    return any(sum(any(n % p == 0 for p in primes) for n in shape) > 1 for shape in views)
+
+
+def objection(before: Cost, option: Option, max_param_growth: float) -> str | None:
+    """Why a form does not pay, in one sentence with both costs; None where it does."""
+    after = option.cost
+    both = f"now {before}; as one {option.form.kind} {after}"
+    if after.macs > before.macs:
+        return f"folding would take more multiplications: {both}"
+    if score(after) >= score(before):
+        return f"folding would not be cheaper: {both}"
+    bias = option.form.slots.get("bias", (0,))[0]
+    if after.macs < before.macs:
+        if after.params > max_param_growth * before.params:
+            return f"folding would take more than {max_param_growth:g} times the parameters: {both}"
+    elif after.params > before.params + bias:
+        return f"folding would take more parameters and save no multiplications: {both}"
+    return None

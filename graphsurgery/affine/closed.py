@@ -1,0 +1,116 @@
+"""Closed forms: coefficients that need no probing.
+
+One layer with scales and shifts around it: with `y = c * (W (a * x + b) + e) + d`, the weight is
+`diag(c) W diag(a)` (rows and columns of the layer's weight scaled) and, where nothing reads a border, the
+bias is `c * (W b + e) + d`. The diagonals are read off by running the calls before and after the layer on
+zeros and ones, one element for each channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from graphsurgery.affine.forms import Form
+from graphsurgery.affine.region import Region, is_heavy
+from graphsurgery.cost import op_name
+from graphsurgery.values import tensor_meta
+
+_ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
+_PLAIN = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous", "detach", "_to_copy", "to"})
+
+
+def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
+    """The slots of a form in closed form, or None where the region is not one layer between diagonals."""
+    heavy = [node for node in region.nodes if is_heavy(node)]
+    if len(heavy) != 1 or form.kind not in ("linear", "conv1d", "conv2d", "conv3d"):
+        return None
+    layer = heavy[0]
+    channel = _channel_axis(layer)
+    index = region.nodes.index(layer)
+    before, after = region.nodes[:index], region.nodes[index + 1 :]
+    if channel is None or not all(_along(region, node, channel) for node in (*before, *after)):
+        return None
+    if form.axes is not region.axes or any(type(step).__name__ in ("Reshape", "Permute", "Pad") for step in form.steps):
+        return None
+    if "shift" in form.slots or (before and "bias" in form.slots and _reads_outside(form)):
+        return None
+    weight = region.scope.constant_value(layer.args[1])  # type: ignore[arg-type]  # a node, as in _channel_axis
+    if len(form.slots["weight"]) != weight.dim():
+        return None
+    a, b = _diagonal(region, before, layer.all_input_nodes[0], channel, _inputs(layer, weight))
+    c, d = _diagonal(region, after, layer, channel, weight.shape[0])
+    scaled = weight * _columns(layer, weight, a) * c.reshape(-1, *[1] * (weight.dim() - 1))
+    if scaled.shape != torch.Size(form.slots["weight"]):
+        return None
+    slots = {"weight": scaled}
+    if "bias" in form.slots:
+        bias = (weight * _columns(layer, weight, b)).flatten(1).sum(1) + _bias(region, layer, weight.shape[0])
+        slots["bias"] = c * bias + d
+    return slots
+
+
+def _channel_axis(layer: fx.Node) -> int | None:
+    name = op_name(layer)
+    if not isinstance(layer.args[1], fx.Node):
+        return None
+    if name == "linear":
+        return len(tensor_meta(layer).shape) - 1
+    return 1 if name in ("conv1d", "conv2d", "conv3d") else None
+
+
+def _along(region: Region, node: fx.Node, channel: int) -> bool:
+    """Whether a call scales and shifts along the channel axis only."""
+    name = op_name(node)
+    if name in _PLAIN:
+        return True
+    if name not in _ELEMENTWISE:
+        return False
+    if name == "batch_norm":
+        return channel == 1
+    rank = len(tensor_meta(node).shape)
+    for operand in node.all_input_nodes:
+        if operand in region.scope.constant:
+            shape = region.scope.shape(operand)
+            if any(n != 1 and rank - len(shape) + i != channel for i, n in enumerate(shape)):
+                return False
+    return True
+
+
+def _reads_outside(form: Form) -> bool:
+    return any(atom.window is not None and atom.window.leaves(atom.size) for atom in form.axes.atoms())
+
+
+def _inputs(layer: fx.Node, weight: torch.Tensor) -> int:
+    groups = int(layer.args[6]) if op_name(layer) != "linear" and len(layer.args) > 6 else 1  # type: ignore[arg-type]
+    return weight.shape[1] * groups
+
+
+def _columns(layer: fx.Node, weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A number for each input channel, in a shape that broadcasts over the weight (grouped: by rows)."""
+    per_group = weight.shape[1]
+    groups = values.numel() // per_group
+    rows = values.reshape(groups, per_group).repeat_interleave(weight.shape[0] // groups, 0)
+    return rows.reshape(weight.shape[0], per_group, *[1] * (weight.dim() - 2))
+
+
+def _bias(region: Region, layer: fx.Node, size: int) -> torch.Tensor:
+    bias = layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+    if isinstance(bias, fx.Node):
+        return region.scope.constant_value(bias)
+    return torch.zeros(size, dtype=torch.float64)
+
+
+def _diagonal(
+    region: Region, nodes: tuple[fx.Node, ...], source: fx.Node, channel: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a stretch of calls, one number for each channel."""
+    if not nodes:
+        return torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    shape = [1] * len(tensor_meta(source).shape)
+    shape[channel] = size
+    with torch.no_grad():
+        run = region.runner(1, nodes)
+        shift = run(torch.zeros(shape, dtype=torch.float64))
+        scale = run(torch.ones(shape, dtype=torch.float64)) - shift
+    return scale.flatten(), shift.flatten()

@@ -1,0 +1,259 @@
+"""The coefficients of a form, found by probing the region in float64.
+
+The canonical coefficients of a region are `K[v, f, g, *taps]`: for each coordinate v of the varied digits,
+the weight of gone coordinate g and kernel tap in feature f. They are found column by column (one-hot inputs)
+or row by row (the adjoint: gradients of one-hot outputs), whichever are fewer. One-hots are packed into the
+batch and all carried positions, which a region treats alike. Windows are read off the adjoint at one output
+position whose window lies inside of the entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+
+from graphsurgery.affine.atoms import NoFold
+from graphsurgery.affine.closed import closed_form
+from graphsurgery.affine.forms import Form, Roles
+from graphsurgery.affine.program import Layout
+from graphsurgery.affine.region import Region
+
+DEFAULT_BUDGET = 256 * 1024 * 1024
+"""Bytes that the values of one chunk of probes may take."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A form with its numbers.
+
+    Attributes:
+        form: the form.
+        slots: float64 tensors by slot name, in the shapes of `form.slots`.
+        method: `closed`, `columns` or `rows`.
+    """
+
+    form: Form
+    slots: dict[str, torch.Tensor]
+    method: str
+
+
+def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficients:
+    """Find the coefficients of a form.
+
+    Args:
+        region: the region.
+        form: one of its forms.
+        budget: bytes that a chunk of probes may take.
+
+    Raises:
+        NoFold: no output position's window lies inside of the entry.
+    """
+    closed = closed_form(region, form)
+    if closed is not None:
+        return Coefficients(form, closed, "closed")
+    roles = Roles(form.axes, len(region.scope.shape(region.entry)))
+    slots: dict[str, torch.Tensor] = {}
+    method = "closed"
+    if "weight" in form.slots or "scale" in form.slots:
+        kernel, method = _Probe(region, roles).linear_part(budget)
+        if "scale" in form.slots:
+            slots["scale"] = _spread(kernel.flatten(), roles, roles.varied, roles.exit, form.slots["scale"])
+        else:
+            slots["weight"] = _weight(kernel, form)
+    if form.axes.shifted:
+        slots.update(_shift(region, roles, form))
+    return Coefficients(form, slots, method)
+
+
+def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
+    """`K[v, f, g, *taps]` as the layer's weight; a carried axis of a convolution has one tap."""
+    windows = [which for which in form.spatial if which is not None]
+    return kernel.permute(0, 1, 2, *(3 + which for which in windows)).reshape(form.slots["weight"])
+
+
+def _shift(region: Region, roles: Roles, form: Form) -> dict[str, torch.Tensor]:
+    """The region at zero, at its real sizes, as the slot that the form gives it."""
+    shape = [region.scope.actual(n, 1) for n in region.scope.shape(region.entry)]
+    with torch.no_grad():
+        value = region.runner(1)(torch.zeros(shape, dtype=torch.float64))
+    value, sizes = _by_label(value, roles.exit, roles.exit_sizes, region)
+    position = {label: i for i, label in enumerate(sizes)}
+    name = "bias" if "bias" in form.slots else "shift"
+    target = [a for dim in form.out for a in dim]
+    keep = {a for dim, n in zip(form.out, form.slots[name], strict=True) if n != 1 for a in dim} if name == "shift" else {
+        *roles.varied, *roles.fresh
+    }  # fmt: skip
+    for label in target:
+        if label not in keep:  # uniform along this label: any coordinate will do
+            value = value.narrow(position[label], 0, 1)
+    return {name: value.permute([position[a] for a in target]).reshape(form.slots[name]).contiguous()}
+
+
+def _spread(
+    value: torch.Tensor, roles: Roles, labels: tuple[int, ...], layout: Layout, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Numbers along some labels as a constant that broadcasts in a layout.
+
+    A dimension that differs holds all of its labels, so the numbers repeat along those that are not given.
+    """
+    sizes = roles.exit_sizes
+    value = value.reshape([sizes[a] for a in labels])
+    flat = [a for dim, n in zip(layout, shape, strict=True) if n != 1 for a in dim]
+    order = [labels.index(a) for a in flat if a in labels]
+    value = value.permute(order)
+    for i, label in enumerate(flat):
+        if label not in labels:
+            value = value.unsqueeze(i)
+    return value.expand([sizes[a] for a in flat]).reshape(shape).contiguous()
+
+
+def _by_label(
+    value: torch.Tensor, layout: Layout, sizes: dict[int, int], region: Region
+) -> tuple[torch.Tensor, list[int]]:
+    """A value with one dimension for each label of its layout."""
+    labels = [a for dim in layout for a in dim]
+    batch = _batch_of(value, layout, sizes, region)
+    return value.reshape([region.scope.actual(sizes[a], batch) for a in labels]), labels
+
+
+def _batch_of(value: torch.Tensor, layout: Layout, sizes: dict[int, int], region: Region) -> int:
+    unit = prod(region.scope.actual(sizes[a], 1) for dim in layout for a in dim)
+    return max(1, value.numel() // unit) if region.scope.primes else 1
+
+
+class _Probe:
+    """The linear part of a region, by one-hots."""
+
+    def __init__(self, region: Region, roles: Roles) -> None:
+        self.region, self.roles = region, roles
+        windows = [roles.atoms[label].window for label in roles.windowed]
+        self.windows = [w for w in windows if w is not None]
+        self.order_out = (*roles.shared, *roles.varied, *roles.fresh, *roles.windowed)
+        self.order_in = (*roles.shared, *roles.varied, *roles.gone, *roles.windowed)
+
+    def linear_part(self, budget: int) -> tuple[torch.Tensor, str]:
+        """`K[v, f, g, *taps]` and the method that found it."""
+        roles = self.roles
+        features = roles.sizes(roles.fresh)
+        gone = prod(roles.entry_sizes[a] for a in roles.gone)
+        varied = roles.sizes(roles.varied)
+        kernel = torch.zeros(varied, features, gone, *(w.taps for w in self.windows), dtype=torch.float64)
+        columns = not self.windows and gone <= features
+        count = gone if columns else features
+        fill = self._columns if columns else self._rows
+        for start, stop, batch in self._chunks(count, budget):
+            fill(kernel, start, stop, batch)
+        return kernel, "columns" if columns else "rows"
+
+    def _chunks(self, count: int, budget: int) -> Iterator[tuple[int, int, int]]:
+        """Stretches of one-hots and the batch size that holds each, under the memory budget."""
+        scope = self.region.scope
+        positions = prod(scope.actual(self.roles.exit_sizes[a], 1) for a in self.roles.shared)
+        if not any(self.roles.symbolic([a]) for a in self.roles.shared):
+            chunk = positions  # a static batch: only the positions that there are
+        else:
+            nodes = [self.region.entry, *self.region.nodes]
+            bytes_each = 2 * 8 * sum(prod(scope.actual(n, 1) for n in scope.shape(node)) for node in nodes)
+            chunk = max(1, budget // bytes_each) * positions
+        for start in range(0, count, chunk):
+            stop = min(count, start + chunk)
+            yield start, stop, ceil((stop - start) / positions)
+
+    def _sizes(self, sizes: dict[int, int], batch: int, order: tuple[int, ...]) -> list[int]:
+        return [self.region.scope.actual(sizes[a], batch) for a in order]
+
+    def _columns(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
+        roles = self.roles
+        n = stop - start
+        x = self._one_hots(roles.entry, roles.entry_sizes, self.order_in, roles.gone, start, n, batch, ())
+        run = self.region.runner(batch)
+        with torch.no_grad():
+            y = run(x) - run(torch.zeros_like(x))
+        flat = self._canonical(y, roles.exit, roles.exit_sizes, self.order_out, roles.fresh, batch)
+        kernel[:, :, start:stop] = flat[torch.arange(n)].permute(1, 2, 0)
+
+    def _rows(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
+        roles, n = self.roles, stop - start
+        shape, at, exit_sizes, entry_sizes = self._interior(batch)
+        run = self.region.runner(batch)
+        x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        y = run(x)
+        seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
+        (grad,) = torch.autograd.grad(y, x, seeds)
+        flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)[torch.arange(n)]
+        for axis, (w, p) in enumerate(zip(self.windows, at, strict=True)):
+            taps = torch.arange(w.taps) * max(w.step, 1) + w.s * p + w.lo
+            flat = flat.index_select(3 + axis, taps)
+        kernel[:, start:stop] = flat.transpose(0, 1)
+
+    def _interior(self, batch: int) -> tuple[list[int], tuple[int, ...], dict[int, int], dict[int, int]]:
+        """Entry shape, an output position with its window inside, and the label sizes at that shape.
+
+        Where nothing bakes the sizes in, the entry is only as large as that one window needs.
+
+        Raises:
+            NoFold: the sizes are baked in and every window leaves the entry.
+        """
+        roles, scope = self.roles, self.region.scope
+        entry_sizes, exit_sizes = dict(roles.entry_sizes), dict(roles.exit_sizes)
+        at = tuple(max(0, ceil(-w.lo / w.s)) for w in self.windows)
+        if roles.axes.pinned or not self.windows:
+            for label, p, w in zip(roles.windowed, at, self.windows, strict=True):
+                if p >= roles.exit_sizes[label] or w.s * p + w.hi > w.base - 1:
+                    raise NoFold("border", "no window lies inside of the entry, whose size is fixed")
+        else:
+            for label, p, w in zip(roles.windowed, at, self.windows, strict=True):
+                entry_sizes[label] = w.s * p + w.hi + 1
+        shape = [prod(scope.actual(entry_sizes[a], batch) for a in dim) for dim in roles.entry]
+        if not roles.axes.pinned and self.windows:
+            with torch.no_grad():
+                probe = self.region.runner(1)(torch.zeros([1, *shape[1:]], dtype=torch.float64))
+            for dim, size in zip(roles.exit, probe.shape, strict=True):
+                if len(dim) == 1 and dim[0] in roles.windowed:
+                    exit_sizes[dim[0]] = size
+        return shape, at, exit_sizes, entry_sizes
+
+    def _one_hots(
+        self,
+        layout: Layout,
+        sizes: dict[int, int],
+        order: tuple[int, ...],
+        hot: tuple[int, ...],
+        start: int,
+        count: int,
+        batch: int,
+        at: tuple[int, ...],
+    ) -> torch.Tensor:
+        """Ones at (position q, every varied coordinate, feature start + q, window position `at`)."""
+        real = dict(zip(order, self._sizes(sizes, batch, order), strict=True))
+        roles = self.roles
+        size = [prod(real[a] for a in group) for group in (roles.shared, roles.varied, hot)]
+        value = torch.zeros([*size, *(real[a] for a in roles.windowed)], dtype=torch.float64)
+        q = torch.arange(count)
+        value[(q, slice(None), start + q, *at)] = 1.0
+        value = value.reshape([real[a] for a in order])
+        labels = [a for dim in layout for a in dim]
+        value = value.permute([order.index(a) for a in labels])
+        return value.reshape([prod(real[a] for a in dim) for dim in layout])
+
+    def _canonical(
+        self,
+        value: torch.Tensor,
+        layout: Layout,
+        sizes: dict[int, int],
+        order: tuple[int, ...],
+        hot: tuple[int, ...],
+        batch: int,
+    ) -> torch.Tensor:
+        """A value as [positions, varied, features or gone, *windows]."""
+        labels = [a for dim in layout for a in dim]
+        real = dict(zip(order, self._sizes(sizes, batch, order), strict=True))
+        value = value.reshape([real[a] for a in labels]).permute([labels.index(a) for a in order])
+        roles = self.roles
+        size = [prod(real[a] for a in group) for group in (roles.shared, roles.varied, hot)]
+        return value.reshape([*size, *(real[a] for a in roles.windowed)])
+
+

@@ -1,0 +1,208 @@
+"""A program: the few calls that a form stands for, runnable on tensors and countable before they exist.
+
+The certificate runs the very program that is later written into the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+
+from graphsurgery.cost import Cost
+
+Shape = tuple[int, ...]
+Layout = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """A view in another shape; sizes may hold primes that stand for symbols."""
+
+    out: Shape
+
+
+@dataclass(frozen=True)
+class Permute:
+    """A permutation of dimensions."""
+
+    order: tuple[int, ...]
+    out: Shape
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Zeros before and after the last dimensions, first of them first; negative numbers crop."""
+
+    pads: tuple[tuple[int, int], ...]
+    out: Shape
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`x @ weight.T + bias` over the last dimension; slots `weight` (out, in) and `bias` (out)."""
+
+    bias: bool
+    features: int
+    out: Shape
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution over (N, C, *positions); slots `weight` (out, in/groups, *kernel) and `bias` (out)."""
+
+    bias: bool
+    kernel: Shape
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+    groups: int
+    features: int  # input channels per group
+    out: Shape
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiplication by slot `scale`, which broadcasts."""
+
+    out: Shape
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Addition of slot `shift`, which broadcasts."""
+
+    out: Shape
+
+
+Step = Reshape | Permute | Pad | Linear | Conv | Scale | Shift
+_CONVS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def run(
+    steps: Sequence[Step], slots: Mapping[str, torch.Tensor], x: torch.Tensor, actual: Callable[[int], int]
+) -> torch.Tensor:
+    """Run a program.
+
+    Args:
+        steps: its calls.
+        slots: weight, bias, scale and shift, in the dtype of `x`.
+        x: the entry.
+        actual: turns a size written with primes into a real one.
+    """
+    for step in steps:
+        match step:
+            case Reshape(out):
+                x = x.reshape([actual(size) for size in out])
+            case Permute(order, _):
+                x = x.permute(order)
+            case Pad(pads, _):
+                x = F.pad(x, [n for pair in reversed(pads) for n in pair])
+            case Linear(bias, _, _):
+                x = F.linear(x, slots["weight"], slots["bias"] if bias else None)
+            case Conv():
+                x = _CONVS[len(step.kernel) - 1](
+                    x,
+                    slots["weight"],
+                    slots["bias"] if step.bias else None,
+                    step.stride,
+                    step.padding,
+                    step.dilation,
+                    step.groups,
+                )
+            case Scale(_):
+                x = x * slots["scale"]
+            case Shift(_):
+                x = x + slots["shift"]
+    return x
+
+
+def cost(steps: Sequence[Step], slots: Mapping[str, Shape], per_sample: Callable[[int], int]) -> Cost:
+    """What a program costs, per sample, parameters included."""
+    total = Cost(params=sum(prod(shape) for shape in slots.values()))
+    for step in steps:
+        out = prod(per_sample(size) for size in step.out)
+        match step:
+            case Reshape():
+                total += Cost(nodes=1)
+            case Permute() | Pad():
+                total += Cost(moved=out, nodes=1)
+            case Linear():
+                total += Cost(macs=out * step.features, nodes=1)
+            case Conv():
+                total += Cost(macs=out * step.features * prod(step.kernel), nodes=1)
+            case Scale() | Shift():
+                total += Cost(elementwise=out, nodes=1)
+    return total
+
+
+def moves(source: Layout, target: Layout, sizes: Mapping[int, int]) -> tuple[Step, ...]:
+    """The fewest views and permutes that bring one layout of labelled atoms into another.
+
+    Args:
+        source: labels of the atoms of each dimension, major first.
+        target: the same labels in another order or grouping.
+        sizes: the size of each label.
+    """
+    flat, wanted = [a for dim in source for a in dim], [a for dim in target for a in dim]
+    shape_in, shape_out = _shape(source, sizes), _shape(target, sizes)
+    if flat == wanted:
+        return () if shape_in == shape_out else (Reshape(shape_out),)
+    blocks = _blocks(source, target)
+    leader = {block[0]: i for i, block in enumerate(blocks)}
+    order = tuple(leader[label] for label in wanted if label in leader)
+    block_sizes = tuple(prod(sizes[a] for a in block) for block in blocks)
+    permuted = tuple(block_sizes[i] for i in order)
+    if block_sizes == shape_in and permuted == shape_out:
+        return (Permute(order, permuted),)
+    # Keep dimensions of size one in place where that spares a reshape.
+    unit = _with_units(source, target, blocks, order)
+    if unit is not None:
+        return (Permute(unit, tuple(shape_in[i] for i in unit)),)
+    steps: list[Step] = []
+    if block_sizes != shape_in:
+        steps.append(Reshape(block_sizes))
+    steps.append(Permute(order, permuted))
+    if permuted != shape_out:
+        steps.append(Reshape(shape_out))
+    return tuple(steps)
+
+
+def _shape(layout: Layout, sizes: Mapping[int, int]) -> Shape:
+    return tuple(prod(sizes[a] for a in dim) for dim in layout)
+
+
+def _blocks(source: Layout, target: Layout) -> list[tuple[int, ...]]:
+    """Longest runs of labels that stay together, in source order; no run crosses a dimension."""
+    follows: dict[int, int] = {}
+    for dim in target:
+        follows.update(zip(dim, dim[1:], strict=False))
+    blocks: list[tuple[int, ...]] = []
+    for dim in source:
+        run_: list[int] = []
+        for label in dim:
+            if run_ and follows.get(run_[-1]) == label:
+                run_.append(label)
+            else:
+                if run_:
+                    blocks.append(tuple(run_))
+                run_ = [label]
+        if run_:
+            blocks.append(tuple(run_))
+    return blocks
+
+
+def _with_units(
+    source: Layout, target: Layout, blocks: list[tuple[int, ...]], order: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """A pure permute that also places dimensions of size one, if each dimension is at most one block."""
+    if len(source) != len(target) or len(blocks) != sum(1 for dim in source if dim):
+        return None
+    if len(blocks) != sum(1 for dim in target if dim):
+        return None
+    where = {dim[0]: i for i, dim in enumerate(source) if dim}
+    spare = [i for i, dim in enumerate(source) if not dim]
+    return tuple(where[dim[0]] if dim else spare.pop(0) for dim in target)

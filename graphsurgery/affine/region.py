@@ -1,0 +1,185 @@
+"""A region: calls from one live entry to one exit, and how it is run in float64 at any batch size.
+
+Running in float64 folds constants (weight norm, scaled parameters) from their leaves, so that nothing is
+rounded to the model's dtype on the way; the certificate would be blind to such a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphsurgery.affine.atoms import Axes
+from graphsurgery.cost import Cost, node_cost, op_name, params_read
+from graphsurgery.graph import get_attr_value
+from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
+
+_CASTS = frozenset({"_to_copy", "to"})
+
+
+class Scope:
+    """One graph under analysis: its symbols, its constants, and their float64 values when asked for.
+
+    Attributes:
+        gm: the graph module; not changed.
+        sizes: its symbols.
+        constant: its constant nodes.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        """Read symbols and constants off a graph."""
+        self.gm = gm
+        self.sizes = Sizes.of(gm.graph)
+        self.constant = constant_nodes(gm.graph)
+        self.primes = tuple(self.sizes.symbol_primes())
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """A node's shape, symbols as primes."""
+        return tuple(self.sizes.prime(size) for size in tensor_meta(node).shape)
+
+    def actual(self, size: int, batch: int) -> int:
+        """A size written with primes, at a real batch size; other symbols as in the example."""
+        for prime, symbol in self.sizes.symbol_primes().items():
+            value = batch if symbol in self.sizes.batch else dict(self.sizes.others)[symbol]
+            while size % prime == 0:
+                size = size // prime * value
+        return size
+
+    def constant_value(self, node: fx.Node) -> torch.Tensor:
+        """The float64 value of a constant node, computed from its leaves (integers stay integers)."""
+        value = self._constants((node,))[node]
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"constant {node.name!r} is not a tensor")
+        return value
+
+    def _constants(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+        """Float64 values of constant nodes; nothing is kept, so that a large model is not held twice."""
+        values: dict[fx.Node, Any] = {}
+        needed: list[fx.Node] = []
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node not in values:
+                values[node] = None
+                needed.append(node)
+                stack.extend(node.all_input_nodes)
+        order = {node: i for i, node in enumerate(self.gm.graph.nodes)} if len(needed) > 1 else {}
+        for node in sorted(needed, key=lambda n: order.get(n, 0)):
+            if node.op == "get_attr":
+                value: Any = get_attr_value(self.gm, str(node.target)).detach()
+                values[node] = _wide(value)
+            elif _narrows(node):
+                # A rounding that the model asks for is part of its function: do it, then widen.
+                source = fx.node.map_arg(node.args, lambda n: _as_recorded(values[n], n))
+                values[node] = _wide(node.target(*source, **node.kwargs))  # type: ignore[operator]
+            else:
+                values[node] = _call(node, lambda n: values[n])
+        return values
+
+
+@dataclass(frozen=True)
+class Region:
+    """Calls in topological order, each affine in the one live entry.
+
+    Attributes:
+        scope: the graph.
+        entry: the live value that the region reads.
+        nodes: its calls; the last one is the exit.
+        axes: what it does to the axes of the entry.
+    """
+
+    scope: Scope
+    entry: fx.Node
+    nodes: tuple[fx.Node, ...]
+    axes: Axes = field(compare=False)
+
+    @property
+    def exit(self) -> fx.Node:
+        """The call whose value leaves the region."""
+        return self.nodes[-1]
+
+    @property
+    def heavy(self) -> tuple[fx.Node, ...]:
+        """The calls that multiply by weights."""
+        return tuple(node for node in self.nodes if is_heavy(node))
+
+    def cost(self) -> Cost:
+        """What the region costs now, per sample."""
+        total = sum((node_cost(node, self.scope.sizes) for node in self.nodes), Cost())
+        return total + Cost(params=params_read(self.nodes, self.scope.constant))
+
+    def runner(self, batch: int, nodes: Sequence[fx.Node] | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The region as a function of its entry, in float64, with views at the given batch size.
+
+        Args:
+            batch: what the batch symbols stand for.
+            nodes: a contiguous stretch of the region's calls to run instead of all.
+        """
+        chain = tuple(nodes) if nodes is not None else self.nodes
+        inside = set(chain)
+        constants = self.scope._constants(o for n in chain for o in n.all_input_nodes if o in self.scope.constant)
+        entry = next(o for o in chain[0].all_input_nodes if o not in constants and is_tensor(o))
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            values: dict[fx.Node, Any] = {entry: x}
+
+            def operand(node: fx.Node) -> Any:
+                if node in values:
+                    return values[node]
+                if node in constants:
+                    return constants[node]
+                return self.scope.sizes.at(node.meta["val"], batch)
+
+            for node in chain:
+                if op_name(node) in _CASTS:
+                    values[node] = operand(node.all_input_nodes[0])
+                else:
+                    values[node] = _call(node, operand)
+            result = values[chain[-1]]
+            if not isinstance(result, torch.Tensor):
+                raise TypeError(f"region exit {chain[-1].name!r} is not a tensor")
+            return result
+
+        del inside
+        return run
+
+
+def is_heavy(node: fx.Node) -> bool:
+    """Whether a call multiplies by weights."""
+    name = op_name(node)
+    return name.startswith("conv") or name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")
+
+
+def _call(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
+    args = fx.node.map_arg(node.args, operand)
+    kwargs = dict(fx.node.map_arg(node.kwargs, operand))
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        kwargs["dtype"] = torch.float64
+    return _wide(node.target(*args, **kwargs))  # type: ignore[operator]
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(torch.float64)
+    return value
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Whether a constant cast rounds to a narrower float dtype."""
+    if op_name(node) not in _CASTS or not is_tensor(node):
+        return False
+    source, target = tensor_meta(node.all_input_nodes[0]).dtype, tensor_meta(node).dtype
+    if not (source.is_floating_point and target.is_floating_point):
+        return source.is_floating_point
+    return torch.finfo(target).eps > torch.finfo(source).eps
+
+
+def _as_recorded(value: Any, node: fx.Node) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(tensor_meta(node).dtype)
+    return value

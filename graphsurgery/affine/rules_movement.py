@@ -1,0 +1,59 @@
+"""Rules for ops that only move values: identities, views and permutes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphsurgery.affine.atoms import Axes, NoFold
+from graphsurgery.affine.rules import Step, normal, pinned, rule
+from graphsurgery.values import tensor_meta
+
+
+@rule("alias", "clone", "contiguous", "detach", "lift_fresh_copy")
+def identity(step: Step) -> Axes:
+    """The value itself."""
+    return step.axes
+
+
+@rule("dropout", "feature_dropout", "alpha_dropout")
+def dropout(step: Step) -> Axes:
+    """Dropout in evaluation is the identity."""
+    if step.argument(2, "train", False):
+        raise NoFold("train-mode", "dropout is in training mode")
+    return step.axes
+
+
+@rule("_to_copy", "to")
+def cast(step: Step) -> Axes:
+    """A cast to the same dtype and device is the identity; others are refused by the dtype check."""
+    if tensor_meta(step.node).device != tensor_meta(step.live).device:
+        raise NoFold("device", "it moves the value to another device")
+    return step.axes
+
+
+@rule("reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
+def view(step: Step) -> Axes:
+    """A view in another shape: atoms are split and regrouped. A view of the same shape is the identity."""
+    shape = step.shape()
+    if shape == step.axes.shape:
+        return step.axes
+    return pinned(step.axes.reshape(shape))
+
+
+@rule("permute", "movedim", "transpose", "t", "numpy_T", "mT")
+def permute(step: Step) -> Axes:
+    """A permutation of the dimensions."""
+    dims = step.axes.dims
+    return step.axes.with_dims(dims[i] for i in _order(step, len(dims)))
+
+
+def _order(step: Step, rank: int) -> tuple[int, ...]:
+    """Which dimension of the operand each dimension of the value is."""
+    # Permutations act on positions alike whatever the tensor holds: let the op itself permute 1..rank.
+    marker = torch.empty(tuple(range(2, rank + 2)), device="meta")
+    target: Any = step.node.target
+    args = tuple(marker if a is step.live else a for a in step.node.args)
+    moved = target(*args, **dict(step.node.kwargs))
+    return tuple(normal(int(size) - 2, rank) for size in moved.shape)

@@ -1,0 +1,159 @@
+"""Rules for ops that read positions: convolutions, average pools and means over axes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from graphsurgery.affine.atoms import Atom, Axes, NoFold, Window
+from graphsurgery.affine.rules import Step, ints, normal, pinned, rule
+from graphsurgery.affine.rules_linear import fresh
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def conv(step: Step) -> Axes:
+    """A convolution over the last dimensions of (N, C, *positions)."""
+    weight = step.argument(1, "weight")
+    if step.argument(0, "input") is not step.live:
+        raise NoFold("not-affine", "the weight of the convolution is not constant")
+    shape = step.shape(weight)
+    kernel, rank = shape[2:], len(shape) - 2
+    if len(step.axes.dims) != rank + 2:
+        raise NoFold("unsupported", "a convolution without a batch dimension is not followed")
+    stride = ints(step.argument(3, "stride"), rank, 1)
+    dilation = ints(step.argument(5, "dilation"), rank, 1)
+    low = _leading_pads(step.argument(4, "padding", 0), kernel, dilation)
+    axes = step.axes
+    for i in range(rank):
+        reads = (stride[i], -low[i], dilation[i] * (kernel[i] - 1) - low[i], dilation[i])
+        axes = window(axes, 2 + i, step.shape()[2 + i], reads)
+    axes = _channels(axes, int(step.argument(6, "groups", 1)), shape[0])
+    return replace(axes, shifted=axes.shifted or step.argument(2, "bias") is not None, scaled=True)
+
+
+def _leading_pads(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    if padding == "valid":
+        return (0,) * len(kernel)
+    if padding == "same":  # the smaller half in front
+        return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    return ints(padding, len(kernel), 0)
+
+
+def _channels(axes: Axes, groups: int, out: int) -> Axes:
+    """The channel dimension of a (grouped) convolution."""
+    if groups == 1:
+        return axes.consume(axes.dims[1]).with_dim(1, fresh(out))
+    lead, rest = _leading(axes.dims[1], groups)
+    if lead is None or any(atom.fresh or atom.window is not None for atom in lead):
+        # Groups of features made inside of the region leave no structure: all are mixed.
+        return axes.consume(axes.dims[1]).with_dim(1, fresh(out))
+    for atom in lead:
+        if axes.symbolic(atom):
+            raise NoFold("batch-varied", "its groups lie along an axis of symbolic size")
+    varied = tuple(atom._replace(varied=True) for atom in lead)
+    return axes.consume(rest).with_dim(1, varied + fresh(out // groups))
+
+
+def _leading(dim: tuple[Atom, ...], groups: int) -> tuple[tuple[Atom, ...] | None, tuple[Atom, ...]]:
+    """The leading atoms that make up `groups`, and the rest; None where they do not factor."""
+    lead: list[Atom] = []
+    need, queue = groups, list(dim)
+    while need != 1:
+        atom = queue.pop(0)
+        if need % atom.size == 0:
+            lead.append(atom)
+            need //= atom.size
+        elif atom.size % need == 0 and atom.window is None:
+            major, minor = atom.split(need)
+            lead.append(major)
+            queue.insert(0, minor)
+            need = 1
+        else:
+            return None, dim
+    return tuple(lead), tuple(queue)
+
+
+def window(axes: Axes, index: int, out: int, reads: tuple[int, int, int, int]) -> Axes:
+    """One dimension read through a window `(stride, lo, hi, step)`; positions outside read zero.
+
+    A windowed dimension read through another window composes, unless padding between them invents
+    positions that would read from the entry: then the axis is mixed.
+    """
+    s, lo, hi, step = reads
+    if (s, lo, hi) == (1, 0, 0):
+        return axes
+    dim = axes.dims[index]
+    if not dim:  # a single position: features of a constant length
+        return axes.with_dim(index, fresh(out))
+    if len(dim) > 1 or dim[0].fresh or (dim[0].carried and dim[0].varied):
+        return axes.mix(index, out, ("structure", "a window runs over an axis that an earlier layer has mixed or scaled"))
+    atom = dim[0]
+    through = Window(atom.size, s, lo, hi, step if hi != lo else 0)
+    leaves = through.leaves(out)
+    if atom.window is not None:
+        inner = atom.window
+        low = lo < 0 and inner.hi - inner.s >= 0
+        high = s * (out - 1) + hi > atom.size - 1 and inner.s * atom.size + inner.lo < inner.base
+        if low or high:
+            # The zeros that this op pads with are not what the layer before would compute there.
+            return axes.mix(index, out, ("border", "the zeros padded between two windows are not what the first would give there"))
+        through = inner.then(*through[1:])
+    uneven = atom.uneven or (axes.shifted and leaves)
+    return axes.with_dim(index, (Atom(out, atom.axis, atom.stride, False, uneven, through),))
+
+
+@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+def avg_pool(step: Step) -> Axes:
+    """Average pooling; where windows are clipped or their divisors differ, the axis is mixed."""
+    rank = int(step.node.target._schema.name[-2])  # type: ignore[union-attr]  # an OpOverload by the registry
+    if len(step.axes.dims) != rank + 2:
+        raise NoFold("unsupported", "a pool without a batch dimension is not followed")
+    kernel = ints(step.argument(1, "kernel_size"), rank, 1)
+    stride = ints(step.argument(2, "stride") or kernel, rank, 1)
+    padding = ints(step.argument(3, "padding", 0), rank, 0)
+    counted = bool(step.argument(5, "count_include_pad", True))
+    axes, shape = replace(step.axes, scaled=True), step.shape()
+    for i in range(rank):
+        size, out = step.axes.shape[2 + i], shape[2 + i]
+        clipped = stride[i] * (out - 1) + kernel[i] > size + 2 * padding[i]
+        if clipped or (padding[i] and not counted):
+            axes = axes.mix(2 + i, out, ("clipped-pool", "windows of the pool at the border have other divisors"))
+        else:
+            axes = window(axes, 2 + i, out, (stride[i], -padding[i], kernel[i] - 1 - padding[i], 1))
+    return axes
+
+
+@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d")
+def adaptive_avg_pool(step: Step) -> Axes:
+    """Adaptive pooling is a plain pool where the sizes divide; else the axis is mixed."""
+    axes, shape = replace(step.axes, scaled=True), step.shape()
+    for index in range(2, len(shape)):
+        size, out = step.axes.shape[index], shape[index]
+        if out == 1:
+            axes = axes.consume(axes.dims[index]).with_dim(index, ())
+        elif size % out == 0:
+            kernel = size // out
+            axes = pinned(window(axes, index, out, (kernel, 0, kernel - 1, 1)))
+        else:
+            axes = axes.mix(index, out, ("uneven-pool", f"{size} positions do not divide into {out} equal windows"))
+    return axes
+
+
+@rule("mean", "sum")
+def reduce(step: Step) -> Axes:
+    """The mean or sum over dimensions: their atoms are consumed."""
+    dims = step.argument(1, "dim")
+    if step.argument(3, "dtype") is not None:
+        raise NoFold("dtype", "the reduction changes the dtype")
+    rank = len(step.axes.dims)
+    reduced = {normal(d, rank) for d in ints(dims, 1, 0)} if dims else set(range(rank))
+    keep = bool(step.argument(2, "keepdim", False))
+    axes = replace(step.axes, scaled=True)
+    rest: list[tuple[Atom, ...]] = []
+    for index, dim in enumerate(step.axes.dims):
+        if index not in reduced:
+            rest.append(dim)
+            continue
+        axes = axes.consume(dim)
+        if keep:
+            rest.append(())
+    return axes.with_dims(rest)

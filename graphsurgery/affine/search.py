@@ -1,0 +1,188 @@
+"""Which stretches of a graph to fold: the best cuts of every straight chain of affine calls.
+
+A chain is a maximal run of affine calls in which each value is read by the next call only. For every pair of
+cuts the axes say which forms the stretch between has; dynamic programming over cuts finds the cheapest way
+to write the whole chain (for products of matrices this is matrix-chain order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from graphsurgery.affine import rules, rules_linear, rules_movement, rules_position
+from graphsurgery.affine.atoms import Axes, NoFold
+from graphsurgery.affine.choice import Option, Score, objection, options, score
+from graphsurgery.affine.region import Region, Scope, is_heavy
+from graphsurgery.cost import Cost
+
+_RULE_ROOMS = (rules_linear, rules_movement, rules_position)  # imported for what they register
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A stretch to fold and the form chosen for it."""
+
+    region: Region
+    option: Option
+    before: Cost
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Two neighbouring stretches that stay apart, and why.
+
+    Attributes:
+        nodes: the calls concerned.
+        code: stable code of the reason.
+        reason: one sentence.
+        before: cost as it is, where cost was the question.
+        after: cost of the best form, where there is one.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    code: str
+    reason: str
+    before: Cost | None = None
+    after: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A straight run of affine calls and the live value that it starts from."""
+
+    entry: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
+def chains(scope: Scope) -> Iterator[Chain]:
+    """All maximal straight chains of a graph, in graph order."""
+    follows: dict[fx.Node, fx.Node] = {}
+    starts: list[fx.Node] = []
+    for node in scope.gm.graph.nodes:
+        if not is_member(scope, node):
+            continue
+        live = rules.live_operand(node, scope.constant)
+        if live is not None and is_member(scope, live) and len(live.users) == 1:
+            follows[live] = node
+        else:
+            starts.append(node)
+    for node in starts:
+        run = [node]
+        while run[-1] in follows:
+            run.append(follows[run[-1]])
+        entry = rules.live_operand(node, scope.constant)
+        if entry is not None:
+            yield Chain(entry, tuple(run))
+
+
+def is_member(scope: Scope, node: fx.Node) -> bool:
+    """Whether a call may be part of a chain: it has a rule and exactly one live operand."""
+    if node in scope.constant or not rules.has_rule(node):
+        return False
+    return rules.live_operand(node, scope.constant) is not None
+
+
+class ChainSearch:
+    """The best cuts of one chain."""
+
+    def __init__(self, scope: Scope, chain: Chain, max_param_growth: float) -> None:
+        """Prepare the search; see `folds` and `declined`."""
+        self.scope, self.chain, self.growth = scope, chain, max_param_growth
+        self.size = len(chain.nodes)
+
+    def region(self, start: int, stop: int, axes: Axes) -> Region:
+        """The stretch of calls from `start` up to `stop`, exclusive."""
+        entry = self.chain.nodes[start - 1] if start else self.chain.entry
+        return Region(self.scope, entry, self.chain.nodes[start:stop], axes)
+
+    def walk(self, start: int) -> Iterator[tuple[int, Axes]]:
+        """The axes of every stretch that starts at a cut, shortest first.
+
+        Raises:
+            NoFold: the next call cannot be part of a stretch from this cut.
+        """
+        nodes = self.chain.nodes
+        live = nodes[start - 1] if start else self.chain.entry
+        axes = Axes.entry(self.scope.shape(live), self.scope.primes)
+        for stop in range(start, self.size):
+            axes = rules.apply(rules.Step(nodes[stop], live, axes, self.scope.sizes))
+            live = nodes[stop]
+            yield stop + 1, axes
+
+    def axes(self, start: int, stop: int) -> Axes:
+        """The axes of one stretch.
+
+        Raises:
+            NoFold: it is not affine as a whole.
+        """
+        return next(axes for end, axes in self.walk(start) if end == stop)
+
+    def folds(self) -> list[Fold]:
+        """The stretches to fold, in order."""
+        best: list[tuple[Score, int, Fold | None]] = [((0, 0, 0), 0, None)]
+        alone = [score(self.region(i, i + 1, _NO_AXES).cost()) for i in range(self.size)]
+        table: dict[int, list[tuple[int, Fold]]] = {}
+        for start in range(self.size):
+            for fold in self._worthwhile(start):
+                table.setdefault(start + len(fold.region.nodes), []).append((start, fold))
+        for stop in range(1, self.size + 1):
+            choices: list[tuple[Score, int, Fold | None]] = [(_plus(best[stop - 1][0], alone[stop - 1]), stop - 1, None)]
+            choices += [(_plus(best[i][0], score(f.option.cost)), i, f) for i, f in table.get(stop, [])]
+            best.append(min(choices, key=lambda choice: choice[0]))
+        found: list[Fold] = []
+        stop = self.size
+        while stop:
+            _, start, chosen = best[stop]
+            if chosen is not None:
+                found.append(chosen)
+            stop = start
+        return found[::-1]
+
+    def _worthwhile(self, start: int) -> Iterator[Fold]:
+        try:
+            for stop, axes in self.walk(start):
+                if stop - start < 2:
+                    continue
+                region = self.region(start, stop, axes)
+                before = region.cost()
+                try:
+                    found = options(region)
+                except NoFold:
+                    continue
+                option = next((o for o in found if objection(before, o, self.growth) is None), None)
+                if option is not None:
+                    yield Fold(region, option, before)
+        except NoFold:
+            return
+
+    def declined(self) -> Iterator[Declined]:
+        """Why neighbouring layers of a chain stay apart, pair by pair."""
+        marks = [i for i, node in enumerate(self.chain.nodes) if is_layer(node)]
+        for first, second in zip(marks, marks[1:], strict=False):
+            nodes = (self.chain.nodes[first], self.chain.nodes[second])
+            try:
+                region = self.region(first, second + 1, self.axes(first, second + 1))
+                before = region.cost()
+                option = options(region)[0]
+                reason = objection(before, option, self.growth)
+                if reason is not None:
+                    code, cause = region.axes.causes[-1] if region.axes.causes else ("costs-more", "")
+                    yield Declined(nodes, code, f"{cause}; {reason}" if cause else reason, before, option.cost)
+            except NoFold as refusal:
+                yield Declined(nodes, refusal.code, refusal.reason)
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether a call is a layer of its own: it multiplies by weights, normalises, scales or pools."""
+    name = rules.op_name(node)
+    return is_heavy(node) or name in ("batch_norm", "mul", "div", "add", "sub", "rsub") or "pool" in name
+
+
+def _plus(a: Score, b: Score) -> Score:
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+
+
+_NO_AXES = Axes(())

@@ -1,0 +1,213 @@
+"""What a node, a stretch of nodes or a whole graph costs, counted from shapes alone.
+
+Heavy multiplications (`macs`) are what convolutions, matrix products and attention do. Elementwise work,
+movement of data, parameters and nodes are counted apart, since a runtime pays for them differently.
+All figures are per sample: a dynamic batch counts as 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphsurgery.values import Sizes, constant_nodes, is_tensor, operand_tensors, tensor_meta
+
+_VIEWS = frozenset(
+    "reshape view _unsafe_view flatten unflatten squeeze unsqueeze expand alias detach lift_fresh_copy slice "
+    "select chunk split split_with_sizes unbind getitem dropout clone contiguous".split()
+)
+_MOVEMENT = frozenset(
+    "permute transpose movedim t numpy_T mT cat stack pad constant_pad_nd roll flip index index_select repeat "
+    "gather embedding pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d".split()
+)
+_KINDS = {
+    "conv": ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    "linear": ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+    "attention": ("scaled_dot_product_attention",),
+    "norm": ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
+    "embedding": ("embedding",),
+    "pool": (
+        *(f"{kind}_pool{rank}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)),
+        *(f"max_pool{rank}d_with_indices" for rank in (2, 3)),
+        "mean",
+    ),
+    "movement": tuple(sorted(_VIEWS | _MOVEMENT)),
+}
+_KIND_OF = {op: kind for kind, ops in _KINDS.items() for op in ops}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a piece of a graph, per sample.
+
+    Attributes:
+        macs: heavy multiplications (each one multiply and one add).
+        elementwise: elements written by all other arithmetic (activations, norms, adds, pool reads).
+        moved: elements copied by permutes, concatenations, pads and gathers.
+        params: numbers held in parameters and buffers that it reads.
+        nodes: calls that a runtime executes.
+    """
+
+    macs: int = 0
+    elementwise: int = 0
+    moved: int = 0
+    params: int = 0
+    nodes: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: two per multiplication and one per element of other work."""
+        return 2 * self.macs + self.elementwise
+
+    def __add__(self, other: Cost) -> Cost:
+        """Sum figure by figure."""
+        return Cost(*(a + b for a, b in zip(self.figures(), other.figures(), strict=True)))
+
+    def figures(self) -> tuple[int, int, int, int, int]:
+        """The figures in field order."""
+        return (self.macs, self.elementwise, self.moved, self.params, self.nodes)
+
+    def to_dict(self) -> dict[str, int]:
+        """The figures by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One line for refusals and tables."""
+        return f"{self.macs:,} MACs, {self.elementwise:,} elementwise, {self.params:,} parameters, {self.nodes} nodes"
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of the op a node calls: `conv2d`, `add`, `getitem`; the node's op for other nodes."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return getattr(target, "__name__", str(target))
+
+
+def kind_of(node: fx.Node) -> str:
+    """The kind of layer: conv, linear, attention, norm, embedding, pool, movement, or elementwise."""
+    return _KIND_OF.get(op_name(node), "elementwise")
+
+
+def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
+    """Cost of one node without the parameters it reads (they may be shared; see `params_read`)."""
+    if node.op != "call_function" or not is_tensor(node):
+        return Cost()
+    sizes = sizes or Sizes.of(node.graph)
+    name = op_name(node)
+    out = _numel(node, sizes)
+    if name in ("alias", "detach", "getitem", "sym_size"):
+        return Cost()
+    if name in _VIEWS:
+        return Cost(nodes=1)
+    if name in _MOVEMENT:
+        return Cost(moved=out, nodes=1)
+    macs = _macs(node, name, out, sizes)
+    if macs is not None:
+        return Cost(macs=macs, nodes=1)
+    return Cost(elementwise=_elementwise(node, name, out, sizes), nodes=1)
+
+
+def params_read(nodes: Iterable[fx.Node], constant: Collection[fx.Node]) -> int:
+    """Numbers in the parameters and buffers from which the given nodes compute, each counted once.
+
+    Args:
+        nodes: the nodes that read.
+        constant: the graph's constant nodes (`values.constant_nodes`).
+    """
+    sizes: dict[Any, int] = {}
+    stack = [operand for node in nodes for operand in node.all_input_nodes if operand in constant]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr" and is_tensor(node):
+            sizes[node.target] = int(tensor_meta(node).numel())
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                stack.append(operand)
+    return sum(sizes.values())
+
+
+def graph_cost(gm: fx.GraphModule) -> Cost:
+    """Cost of a whole graph, per sample; parameters that no node reads are not counted."""
+    sizes = Sizes.of(gm.graph)
+    constant = constant_nodes(gm.graph)
+    total = Cost()
+    attributes = {n.target: int(tensor_meta(n).numel()) for n in gm.graph.nodes if n.op == "get_attr" and is_tensor(n)}
+    for node in gm.graph.nodes:
+        if node not in constant:
+            total += node_cost(node, sizes)
+    return total + Cost(params=sum(attributes.values()))
+
+
+def layer_counts(gm: fx.GraphModule) -> dict[str, int]:
+    """How many layers of each kind a graph calls; constants and symbol arithmetic are left out."""
+    constant = constant_nodes(gm.graph)
+    counts = Counter(
+        kind_of(node)
+        for node in gm.graph.nodes
+        if node.op == "call_function" and is_tensor(node) and node not in constant
+    )
+    return dict(sorted(counts.items()))
+
+
+def _numel(node: fx.Node, sizes: Sizes) -> int:
+    return prod(sizes.per_sample(size) for size in tensor_meta(node).shape)
+
+
+def _shape(node: Any, sizes: Sizes) -> tuple[int, ...]:
+    return tuple(sizes.per_sample(size) for size in tensor_meta(node).shape)
+
+
+def _macs(node: fx.Node, name: str, out: int, sizes: Sizes) -> int | None:
+    """Heavy multiplications of a node, None where the op is not a heavy one."""
+    args: tuple[Any, ...] = node.args
+    if name in ("linear",):
+        return out * _shape(args[1], sizes)[-1]
+    if name.startswith("conv_transpose") or (name == "convolution" and args[6]):
+        # weight: (in, out/groups, *kernel); each input element meets out/groups * kernel weights
+        return _numel(args[0], sizes) * prod(_shape(args[1], sizes)[1:])
+    if name.startswith("conv"):
+        return out * prod(_shape(args[1], sizes)[1:])
+    if name in ("matmul", "mm", "bmm"):
+        return out * _shape(args[0], sizes)[-1]
+    if name in ("addmm", "baddbmm"):
+        return out * _shape(args[1], sizes)[-1]
+    if name == "scaled_dot_product_attention":
+        queries, keys = _shape(args[0], sizes), _shape(args[1], sizes)
+        return prod(queries) * keys[-2] + prod(queries[:-1]) * keys[-2] * _shape(args[2], sizes)[-1]
+    if name == "einsum":
+        return _einsum_macs(str(args[0]), [_shape(operand, sizes) for operand in args[1]])
+    return None
+
+
+def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
+    """Product of the sizes of all labels; an ellipsis counts with the axes that it stands for."""
+    labels: dict[str, int] = {}
+    for term, shape in zip(equation.replace(" ", "").split("->")[0].split(","), shapes, strict=True):
+        named = len(term.replace("...", ""))
+        free = "".join(chr(0x100 + i) for i in range(len(shape) - named))
+        for label, size in zip(term.replace("...", free), shape, strict=True):
+            labels[label] = max(size, labels.get(label, 1))
+    return prod(labels.values())
+
+
+def _elementwise(node: fx.Node, name: str, out: int, sizes: Sizes) -> int:
+    if "pool" in name or name in ("mean", "sum", "amax", "amin", "prod"):
+        source = node.args[0]
+        read = _numel(source, sizes) if isinstance(source, fx.Node) and is_tensor(source) else out
+        return max(out, read)
+    if kind_of(node) == "norm":
+        # batch norm is one multiply-add per element; the others also take two moments
+        return 2 * out if name == "batch_norm" else 4 * out
+    operands = [_numel(operand, sizes) for operand in operand_tensors(node)]
+    return max([out, *operands])

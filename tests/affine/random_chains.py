@@ -1,0 +1,166 @@
+"""Random straight chains of affine layers, for tests that compare every form with the chain itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class Constant(nn.Module):
+    """One elementwise op with a constant operand."""
+
+    def __init__(self, op: str, value: torch.Tensor) -> None:
+        super().__init__()
+        self.op = op
+        self.register_buffer("value", value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        match self.op:
+            case "mul":
+                return x * self.value
+            case "rmul":
+                return self.value * x
+            case "add":
+                return torch.add(x, self.value, alpha=2)
+            case "sub":
+                return x - self.value
+            case "rsub":
+                return self.value - x
+            case "neg":
+                return -x
+            case _:
+                return x / self.value
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+class MatMul(nn.Module):
+    """A product with a constant matrix on either side, with or without an added matrix."""
+
+    def __init__(self, size: int, out: int, left: bool) -> None:
+        super().__init__()
+        self.left = left
+        self.matrix = nn.Parameter(torch.randn(*((out, size) if left else (size, out))) / size**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ x if self.left else x @ self.matrix
+
+
+def warmed(norm: nn.Module) -> nn.Module:
+    """A batch norm with statistics that are not trivial, some scales negative."""
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.uniform_(-2, 2)
+        norm.bias.normal_()
+    return norm
+
+
+def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
+    """A chain of affine layers in evaluation mode, float64, and an input of batch 2."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rank = rng.choice([0, 1, 1, 2, 2, 2, 3])
+    sizes = {0: [6], 1: [4, 9], 2: [4, 6, 7], 3: [2, 4, 5, 4]}[rank]
+    if rng.random() < 0.3:
+        sizes = [4] * len(sizes)  # sizes that coincide
+    x = torch.randn(2, *sizes, dtype=torch.float64)
+    layers: list[nn.Module] = []
+    shape = x.shape
+    while len(layers) < length:
+        layer = _layer(rng, tuple(shape))
+        if layer is None:
+            continue
+        layer = layer.double().eval()
+        with torch.no_grad():
+            value = layer(torch.zeros(shape, dtype=torch.float64))
+        if value.numel() > 4000 or 0 in value.shape or value.shape[0] != 2:
+            continue
+        shape = value.shape
+        layers.append(layer)
+    return nn.Sequential(*layers).eval(), x
+
+
+def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    rank = len(shape) - 2
+    kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout"]
+    kinds += ["conv", "conv", "conv", "pool"] if 1 <= rank <= 3 else []
+    kind = rng.choice(kinds)
+    match kind:
+        case "constant":
+            op = rng.choice(["mul", "rmul", "add", "sub", "rsub", "div", "neg"])
+            trailing = shape[rng.randint(1, len(shape)) :]
+            value = torch.rand([n if rng.random() < 0.5 else 1 for n in trailing], dtype=torch.float64) + 0.5
+            return Constant(op, value)
+        case "linear":
+            return nn.Linear(shape[-1], rng.choice([1, 3, 4, 6]), bias=rng.random() < 0.7)
+        case "matmul":
+            left = rank >= 1 and rng.random() < 0.5
+            return MatMul(shape[-2] if left else shape[-1], rng.choice([2, 4, 5]), left)
+        case "norm":
+            if not 0 <= rank <= 3:
+                return None
+            return warmed((nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank](shape[1]))
+        case "view":
+            if rng.random() < 0.5:
+                start = rng.randint(1, len(shape) - 1)
+                return nn.Flatten(start)
+            return Call(_regroup(rng, shape[1:]))
+        case "permute":
+            order = [0, *rng.sample(range(1, len(shape)), len(shape) - 1)]
+            return Call(lambda x: x.permute(order))
+        case "dropout":
+            return nn.Dropout(0.5)
+        case "pool":
+            return _pool(rng, rank)
+    return _conv(rng, shape)
+
+
+def _regroup(rng: random.Random, sizes: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+    total = 1
+    for n in sizes:
+        total *= n
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    first = rng.choice(divisors)
+    return lambda x: x.reshape(x.shape[0], first, total // first)
+
+
+def _conv(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    rank, channels = len(shape) - 2, shape[1]
+    kernel = [rng.choice([1, 1, 2, 3]) for _ in range(rank)]
+    groups = rng.choice([1, 1, 1, 2, channels])
+    out = groups * rng.choice([1, 2, 3])
+    if channels % groups or out > 12:
+        return None
+    stride = [rng.choice([1, 1, 2]) for _ in range(rank)]
+    dilation = [rng.choice([1, 1, 2]) for _ in range(rank)]
+    padding: str | list[int] = [rng.choice([0, 0, 1]) for _ in range(rank)]
+    if rng.random() < 0.15:
+        padding, stride = "same", [1] * rank
+    if any(d * (k - 1) + 1 > n + (0 if padding == "same" else 2 * padding[i]) for i, (d, k, n) in enumerate(zip(dilation, kernel, shape[2:], strict=True))):  # fmt: skip
+        return None
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    return make(channels, out, kernel, stride, padding, dilation, groups, bias=rng.random() < 0.6)
+
+
+def _pool(rng: random.Random, rank: int) -> nn.Module:
+    if rng.random() < 0.3:
+        return (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[rank - 1](rng.choice([1, 2]))
+    kernel = rng.choice([2, 3])
+    padding = rng.choice([0, 0, 1])
+    ceil = rng.random() < 0.3
+    stride = rng.choice([1, 2])
+    make = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[rank - 1]
+    return make(kernel, stride, padding, ceil, rng.random() < 0.6)
