@@ -1,5 +1,5 @@
 """`python -m graphsurgery` is the command `graphsurgery`."""
 
-from graphsurgery.cli import main
+from graphsurgery.cli.app import main
 
 main()

@@ -54,7 +54,7 @@ def test_wheel_holds_every_module_and_the_typing_mark(wheel: zipfile.ZipFile) ->
 
 def test_wheel_has_command_and_licence(wheel: zipfile.ZipFile) -> None:
     texts = {name.split("/", 1)[1]: name for name in wheel.namelist() if ".dist-info/" in name}
-    assert "graphsurgery = graphsurgery.cli:main" in wheel.read(texts["entry_points.txt"]).decode()
+    assert "graphsurgery = graphsurgery.cli.app:main" in wheel.read(texts["entry_points.txt"]).decode()
     assert "licenses/LICENSE" in texts
 
 

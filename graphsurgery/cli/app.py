@@ -76,12 +76,12 @@ def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
             code, kind, message = 2, type(error).__name__, str(error)
         except KeyboardInterrupt:
             code, kind, message = 130, "KeyboardInterrupt", "interrupted; nothing was written"
-        except Exception as error:  # a bug of ours must not look like a failed verification
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not look like a failed verification
             ERR.print(traceback.format_exc(), markup=False, highlight=False)
             code, kind, message = 3, type(error).__name__, f"this is a bug of graphsurgery: {error}"
         if message:
             if kwargs.get("as_json"):
-                print(json.dumps({"error": {"kind": kind, "message": message}, "exit_code": code}))
+                typer.echo(json.dumps({"error": {"kind": kind, "message": message}, "exit_code": code}))
             ERR.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         raise typer.Exit(code)
 
@@ -101,7 +101,8 @@ def optimize(
         typer.Option("--passes", metavar="NAME[,NAME...]", help="Run these passes only, in this order."),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="OUT.pt2", help="Write the result as an exported program.")
+        Path | None,
+        typer.Option("--save", metavar="OUT.pt2", help="Write the result as an exported program."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="REPORT.json", help="Write the report as JSON.")
@@ -116,7 +117,7 @@ def optimize(
         run.Request(model, tuple(inputs or ()), _split(passes), verify.value, output, save, report), ERR
     )
     if as_json:
-        print(outcome.to_json())
+        typer.echo(outcome.report.to_json())
     else:
         OUT.print(*show.outcome(outcome), sep="\n", highlight=False)
     return 0 if outcome.ok else 1
@@ -126,14 +127,16 @@ def optimize(
 @_exit_codes
 def verify(
     reference: Annotated[str, typer.Argument(metavar="A", help=f"The reference: {Side}")],
-    candidate: Annotated[str, typer.Argument(metavar="B", help="What is compared with it, in the same forms.")],
+    candidate: Annotated[
+        str, typer.Argument(metavar="B", help="What is compared with it, in the same forms.")
+    ],
     inputs: Inputs = None,
     as_json: Json = False,
 ) -> int:
     """Tell whether A and B compute the same function, up to rounding."""
     verdict = run.verify(reference, candidate, list(inputs or ()), ERR)
     if as_json:
-        print(run.verdict_json(verdict))
+        typer.echo(run.verdict_json(verdict))
     else:
         OUT.print(*show.verdict(verdict), sep="\n", highlight=False)
     return 0 if verdict.ok else 1
@@ -145,7 +148,7 @@ def inspect(model: Model, inputs: Inputs = None, as_json: Json = False) -> int:
     """Tell what could be folded in MODEL and what cannot, and why; nothing is changed."""
     found = run.inspect(model, list(inputs or ()), ERR)
     if as_json:
-        print(found.to_json())
+        typer.echo(found.to_json())
     else:
         OUT.print(*show.inspection(found), sep="\n", highlight=False)
     return 0
@@ -157,7 +160,7 @@ def passes(as_json: Json = False) -> int:
     """List the passes."""
     described = run.describe_passes()
     if as_json:
-        print(json.dumps(described, indent=2))
+        typer.echo(json.dumps(described, indent=2))
     else:
         OUT.print(show.passes(described), highlight=False)
     return 0

@@ -60,8 +60,8 @@ SPEC_TYPES = re.compile(
 SYNTAX = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv,
     ast.Mod, ast.Pow, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.Compare, ast.Eq, ast.NotEq, ast.Lt,
-    ast.LtE, ast.Gt, ast.GtE, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.Subscript, ast.Attribute,
-    ast.Tuple,
+    ast.LtE, ast.Gt, ast.GtE, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.Subscript,
+    ast.Attribute, ast.Tuple,
 )  # fmt: skip
 # Classes and functions of sympy and of torch.utils._sympy that size expressions are printed with.
 FUNCTIONS = re.compile(

@@ -45,7 +45,7 @@ def check_writable(outputs: dict[str, Path | None]) -> None:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` that becomes `path` when the block ends well, and is removed when not."""
+    """Give a temporary path beside `path`, renamed to `path` when the block ends well, removed when not."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
