@@ -61,7 +61,7 @@ def tensor_digests(gm: fx.GraphModule, known: Mapping[int, bytes] | None = None)
 
 
 def fingerprint(gm: fx.GraphModule, digests: Mapping[int, bytes]) -> str:
-    """Hash of the graph and of everything it holds: targets, arguments, wiring, attribute names, contents.
+    """Hash of a graph and what it holds: signature, targets, arguments, wiring, names and contents of tensors.
 
     Node names and `node.meta` are left out.
 
@@ -74,6 +74,8 @@ def fingerprint(gm: fx.GraphModule, digests: Mapping[int, bytes]) -> str:
     for node in gm.graph.nodes:
         target = _target(node)
         digest.update(f"{node.op}|{target}|{_text(node.args, index)}|{_text(node.kwargs, index)}\n".encode())
+    codegen = gm.graph._codegen
+    digest.update(f"{type(codegen).__name__}|{getattr(codegen, 'pytree_info', None)}\n".encode())
     for name, tensor in sorted(held_tensors(gm), key=lambda item: item[0]):
         kind = type(tensor).__name__
         digest.update(f"{name}|{kind}|{tensor.requires_grad}|".encode() + digests[id(tensor)])
@@ -101,7 +103,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _target(node: fx.Node) -> str:
     target: Any = node.target
     if isinstance(target, str):
-        return "" if node.op in ("placeholder", "output") else target
+        return target
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
