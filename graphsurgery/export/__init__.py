@@ -1,0 +1,17 @@
+"""ONNX files: written whole or not at all, run on onnxruntime, timed. The only place that imports onnx."""
+
+from __future__ import annotations
+
+from graphsurgery.export.exporter import OPSET, ExportInfo, ExportResult, export_onnx
+from graphsurgery.export.sessions import OnnxSession, latency_ms, load_model, node_counts
+
+__all__ = [
+    "OPSET",
+    "ExportInfo",
+    "ExportResult",
+    "OnnxSession",
+    "export_onnx",
+    "latency_ms",
+    "load_model",
+    "node_counts",
+]

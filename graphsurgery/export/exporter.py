@@ -1,0 +1,288 @@
+"""A module written as an ONNX file: exported, checked, run on onnxruntime and compared, or not written at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import onnx_ir
+import torch
+from torch import Tensor, nn
+
+from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
+from graphsurgery.export.files import commit, data_name, staging
+from graphsurgery.export.sessions import load_model
+from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
+
+__all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx"]
+
+OPSET = 20
+"""Opset of the files.
+
+The least one in which every layer that passes leave whole is one node (LayerNormalization came with 17, Gelu and
+GridSample in three dimensions with 20), and what torch's exporter emits by itself: another number would send the graph
+through onnx's version converter, which knows fewer operators than the exporter.
+"""
+
+_LARGEST_FILE = 2**31 - 2**20
+"""Protobuf ends at 2 GB; a megabyte is left for the graph itself."""
+
+_CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_SYMBOL = re.compile(r"^[A-Za-z_]\w*$")
+
+
+class ExportInfo(Protocol):
+    """What export needs to know of a captured model; `CaptureInfo` is one."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def output_names(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def dynamic_batch(self) -> bool: ...  # noqa: D102
+    @property
+    def args(self) -> tuple[Any, ...]: ...  # noqa: D102
+    @property
+    def kwargs(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written ONNX file.
+
+    Attributes:
+        path: The file.
+        size_bytes: Size of the file and its external data.
+        opset: Version of the default operator set.
+        verdict: Comparison of onnxruntime, optimisations on, with the original module; None if it was not asked for.
+        external_data: Whether the weights lie in a file of their own.
+        verdicts: All comparisons: optimisations off, then on.
+        notes: What a reader should know besides.
+    """
+
+    path: str
+    size_bytes: int
+    opset: int
+    verdict: Verdict | None
+    external_data: bool
+    verdicts: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def export_onnx(
+    module: nn.Module,
+    info: ExportInfo,
+    path: str | os.PathLike[str],
+    *,
+    reference: nn.Module | None = None,
+    verify: bool = True,
+    baseline: Baseline | None = None,
+    external_data: bool | None = None,
+    opset: int = OPSET,
+) -> ExportResult:
+    """Write `module` as an ONNX file that was checked, run on onnxruntime and compared; or write nothing.
+
+    Args:
+        module: What is exported.
+        info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs is
+            called `batch` in the file.
+        path: The file. An older one is replaced at the end, at once.
+        reference: The original module, which onnxruntime's results are compared with; None takes `module`.
+        verify: Whether to compare. Without it `verdict` is None, which is not "passed".
+        baseline: The reference's runs, where the caller has them already; saves running it again.
+        external_data: Whether weights go to a file of their own beside it; None does so above 2 GB only.
+        opset: Version of the default operator set.
+
+    Raises:
+        ExportError: The model cannot be translated, or the file cannot be written.
+        VerificationError: onnx's checker declines the file, or its results differ. Nothing is left behind.
+    """
+    target = Path(path)
+    with staging(target) as folder:
+        model, notes = _translate(module, info, opset)
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+        external = size > _LARGEST_FILE if external_data is None else external_data
+        file = folder / target.name
+        _write(model, file, data_name(target) if external else None)
+        load_model(file)
+        verdicts: tuple[Verdict, ...] = ()
+        if verify:
+            verdicts = _compare(file, info, baseline or _baseline(reference or module, info))
+        size_bytes = sum(part.stat().st_size for part in folder.iterdir())
+        commit(folder, target)
+    return ExportResult(
+        path=str(target),
+        size_bytes=size_bytes,
+        opset=int(model.opset_imports.get("", opset)),
+        verdict=verdicts[-1] if verdicts else None,
+        external_data=external,
+        verdicts=verdicts,
+        notes=tuple(notes),
+    )
+
+
+# -- translation ---------------------------------------------------------------------------------------------------
+
+
+def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir.Model, list[str]]:
+    example = Inputs(tuple(info.args), dict(info.kwargs))
+    notes: list[str] = []
+    try:
+        with _silence():
+            program = _torch_export(module, example, info.dynamic_batch, notes)
+            found = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=_input_names(info, example),
+                output_names=list(info.output_names) or None,
+            )
+    except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
+        raise ExportError(
+            f"{type(module).__name__} cannot be translated to ONNX: {type(error).__name__}: {_reason(error)}"
+        ) from error
+    if found is None:
+        raise ExportError(f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing")
+    model: onnx_ir.Model = found.model
+    if info.dynamic_batch and not _name_batch(model):
+        notes.append("the batch dimension became static in export")
+    return model, notes
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause in one line; the exporter's own message is a page of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _torch_export(
+    module: nn.Module, example: Inputs, dynamic: bool, notes: list[str]
+) -> torch.export.ExportedProgram:
+    """Export with a free batch where asked for; at a batch of two, for one and zero are special to torch.export."""
+    kwargs = dict(example.kwargs or {})
+    if not dynamic:
+        return torch.export.export(module, example.args, kwargs, strict=False)
+    size = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
+    free = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size for x in example.leaves()]
+    leaves = [
+        torch.cat([x, x]) if batched and size == 1 else x for x, batched in zip(example.leaves(), free, strict=True)
+    ]
+    wide = example.replace(leaves)
+    kwargs = dict(wide.kwargs or {})
+    try:
+        shapes = _shapes(module, wide, free, torch.export.Dim.DYNAMIC)
+        return torch.export.export(module, wide.args, kwargs, dynamic_shapes=shapes, strict=False)
+    except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
+        notes.append(f"torch.export declined a free batch ({_reason(error)}); exported with what it infers")
+        shapes = _shapes(module, wide, free, torch.export.Dim.AUTO)
+        return torch.export.export(module, wide.args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _shapes(module: nn.Module, inputs: Inputs, free: list[bool], dim: Any) -> Any:
+    """Return `dynamic_shapes`, whose outer keys must be the names of forward's arguments, also for keywords."""
+    collection = torch.export.ShapesCollection()
+    for leaf, batched in zip(inputs.leaves(), free, strict=True):
+        if batched:
+            collection[leaf] = {0: dim}
+    return collection.dynamic_shapes(module, inputs.args, dict(inputs.kwargs or {}))
+
+
+def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
+    """Return the names of the tensors among the inputs; None if they cannot be told apart."""
+    leaves, names = example.leaves(), list(info.input_names)
+    if len(names) == len(leaves):
+        return [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
+    return names if len(names) == len(example.tensors()) else None
+
+
+def _name_batch(model: onnx_ir.Model) -> bool:
+    """Call the free leading dimension of the inputs `batch` wherever it occurs; return whether there is one."""
+    leading = [value.shape[0] for value in model.graph.inputs if value.shape]
+    symbols = {dim.value for dim in leading if isinstance(dim, onnx_ir.SymbolicDim) and dim.value}
+    symbol = next((name for name in sorted(symbols) if _SYMBOL.match(name)), None)
+    if symbol is None:
+        return False
+    pattern = re.compile(rf"\b{re.escape(symbol)}\b")
+    values = [*model.graph.inputs, *model.graph.outputs]
+    values += [out for node in model.graph.all_nodes() for out in node.outputs]
+    for value in values:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
+                value.shape[axis] = pattern.sub("batch", dim.value)  # type: ignore[index]
+    return True
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's advice off the screen: it prints, warns and logs whatever `verbose` says."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# -- writing and comparing -----------------------------------------------------------------------------------------
+
+
+def _write(model: onnx_ir.Model, file: Path, data: str | None) -> None:
+    try:
+        with _silence():
+            if data is None:
+                onnx_ir.save(model, file)
+            else:
+                onnx_ir.save(model, file, external_data=data, size_threshold_bytes=1024)
+    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"cannot write {file.name}: {_reason(error)}") from error
+
+
+def _baseline(reference: nn.Module, info: ExportInfo) -> Baseline:
+    example = Inputs(tuple(info.args), dict(info.kwargs))
+    return Baseline(reference, example, dynamic_batch=info.dynamic_batch)
+
+
+def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict, ...]:
+    """Compare onnxruntime, optimisations off and on, with the reference.
+
+    Raises:
+        VerificationError: They differ, or onnxruntime cannot run the file.
+    """
+    verdicts = []
+    example = Inputs(tuple(info.args), dict(info.kwargs))
+    for optimised in (False, True):
+        name = f"onnxruntime {file.name} ({'optimised' if optimised else 'not optimised'})"
+        try:
+            runner = OnnxRunner(file, optimised=optimised, input_names=_input_names(info, example), name=name)
+        except RuntimeUnavailableError as error:
+            raise VerificationError(
+                f"{file.name} was not verified and is not kept, for {error}; export with verify=False to keep it"
+            ) from error
+        wanted, names = _output_names(info, baseline), runner.output_names
+        if wanted and names != wanted:
+            raise VerificationError(f"{file.name} calls its outputs {names}, expected {wanted}")
+        verdicts.append(baseline.compare(runner).raise_if_failed())
+    return tuple(verdicts)
+
+
+def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:
+    names = tuple(info.output_names)
+    return names if len(names) == len(baseline.outputs) else ()

@@ -1,0 +1,88 @@
+"""Files written whole or not at all, an ONNX model together with its external data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from graphsurgery.errors import ExportError
+
+__all__ = ["commit", "data_name", "staging"]
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `path`, on the same file system; remove it and all in it at the end.
+
+    Raises:
+        ExportError: The folder of `path` does not exist or cannot be written, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: the directory {path.parent} does not exist; create it first")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ExportError(f"cannot write {path}: the file is write-protected")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def data_name(path: Path) -> str:
+    """Return a name for the external data of `path` that no file beside it has.
+
+    An older model keeps its own data until the new one stands in its place, so a crash between the two moves cannot
+    pair one's graph with the other's weights.
+    """
+    name, count = f"{path.name}.data", 0
+    while (path.parent / name).exists():
+        count += 1
+        name = f"{path.name}.{count}.data"
+    return name
+
+
+def commit(folder: Path, path: Path) -> None:
+    """Move the model `folder / path.name` and its data into place, the model last; remove the old model's data.
+
+    Raises:
+        ExportError: A file cannot be moved.
+    """
+    old = _data_files(path)
+    moved: list[Path] = []
+    try:
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            target = path.parent / file.name
+            os.replace(file, target)
+            moved.append(target)
+    except OSError as error:
+        for target in moved:
+            target.unlink(missing_ok=True)
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    for stale in old - set(moved):
+        stale.unlink(missing_ok=True)
+
+
+def _data_files(path: Path) -> set[Path]:
+    """Return the external data files, made by us for an older model at `path`."""
+    if not path.is_file():
+        return set()
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # what lies there is no ONNX file, whatever error says so: it owns no data
+        return set()
+    names = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    ours = {name for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")}
+    return {path.parent / name for name in ours if Path(name).name == name}
