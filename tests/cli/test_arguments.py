@@ -108,7 +108,7 @@ def test_refuses_a_file_that_cannot_be_imported(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     path = tmp_path / "broken.py"
     path.write_text("import a_module_that_is_not_installed\n")
-    with pytest.raises(UsageError, match="importing .*broken.py failed: ModuleNotFoundError"):
+    with pytest.raises(UsageError, match=r"importing .*broken\.py failed: ModuleNotFoundError"):
         load_model(f"{path}:factory")
 
 
