@@ -61,7 +61,7 @@ def tensor_digests(gm: fx.GraphModule, known: Mapping[int, bytes] | None = None)
 
 
 def fingerprint(gm: fx.GraphModule, digests: Mapping[int, bytes]) -> str:
-    """Hash of a graph and what it holds: signature, targets, arguments, wiring, names and contents of tensors.
+    """Hash of a graph and what it holds: signature, targets, arguments, wiring, names, contents of tensors.
 
     Node names and `node.meta` are left out.
 
