@@ -174,6 +174,12 @@ class Report:
 
     def __str__(self) -> str:
         """The report as plain text, 100 columns wide."""
-        from graphsurgery.report.text import plain_text  # rich is loaded only when a report is shown
+        from graphsurgery.report.text import plain_text  # rich is loaded only to show a report
 
         return plain_text(self)
+
+    def __rich__(self) -> object:
+        """What `rich.print(report)` shows."""
+        from graphsurgery.report.text import render  # as above
+
+        return render(self)
