@@ -1,0 +1,167 @@
+"""Turn a trained network into the functional ATen graph that passes work on.
+
+`nn.Module`, traced `fx.GraphModule` or `ExportedProgram` -> `fx.GraphModule`, see `capture`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from graphsurgery.capture.dialect import canonicalize, refuse_foreign
+from graphsurgery.capture.functional import NotSubstitutable, functionalize
+from graphsurgery.capture.inputs import Inputs, difference, normalize
+from graphsurgery.capture.program import export_model, free_carriers, quiet, run_model
+from graphsurgery.capture.state import check_supported, evaluated, unwrap
+from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
+from graphsurgery.errors import CaptureError
+from graphsurgery.graph import INFO_KEY, CaptureInfo, delete_unused_attrs
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, dynamic_shapes: Any = None
+) -> fx.GraphModule:
+    """Capture `model`, in evaluation mode, as a functional ATen graph.
+
+    The graph is run on the example and compared with the model before it is returned. The batch (the leading
+    dimension of the inputs) is free where the model allows it; where not, a note says why.
+
+    Args:
+        model: An `nn.Module` (a traced `fx.GraphModule` too) or an `ExportedProgram`. It is not changed, and
+            the graph holds copies of its tensors.
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs. An
+            `ExportedProgram` may bring its own.
+        dynamic_shapes: As for `torch.export.export`, for full control of which sizes are free.
+
+    Returns:
+        A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`.
+
+    Raises:
+        CaptureError: The inputs do not fit the model, or the model cannot be captured; the message quotes the
+            user's source line and says what to do.
+    """
+    if isinstance(model, ExportedProgram):
+        return _capture_program(model, example_inputs, dynamic_shapes)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}, expected an nn.Module, an fx.GraphModule or an ExportedProgram."
+        )
+    if example_inputs is None:
+        raise CaptureError(
+            "no example inputs: pass a tensor, a tuple or a mapping of inputs that the model accepts."
+        )
+    model = unwrap(model)
+    check_supported(model)
+    inputs = normalize(example_inputs)
+    notes: tuple[str, ...] = ()
+    if any(module.training for module in model.modules()):
+        notes = ("the model was in training mode; captured as in evaluation mode",)
+    with evaluated(model):
+        expected = run_model(model, inputs)
+    with evaluated(model):
+        exported = export_model(model, inputs, dynamic_shapes)
+    name = type(model).__name__
+    gm, more = _to_dialect(exported.program, name)
+    _check(gm, name, inputs, expected)
+    notes += exported.notes + more
+    if exported.dynamic and (inputs.batch() or 1) > 1:
+        with evaluated(model):
+            notes += _check_single(gm, model, inputs)
+    return _record(gm, name, inputs, dynamic=exported.dynamic, notes=notes)
+
+
+def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+    if dynamic_shapes is not None:
+        raise CaptureError(
+            "dynamic_shapes cannot change an ExportedProgram; pass them to torch.export.export."
+        )
+    if example_inputs is None:
+        if program.example_inputs is None:
+            raise CaptureError("the ExportedProgram brings no example inputs; pass some.")
+        args, kwargs = program.example_inputs
+        inputs = Inputs(tuple(args), dict(kwargs))
+    else:
+        inputs = normalize(example_inputs)
+    stack = next(
+        (n.meta["nn_module_stack"] for n in program.graph.nodes if n.meta.get("nn_module_stack")), {}
+    )
+    kind = next(iter(stack.values()), ("", ""))[1]
+    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] or "ExportedProgram"
+    with quiet():
+        reference = program.module(check_guards=False)
+    gm, notes = _to_dialect(program, name)
+    expected = run_model(reference, inputs)
+    _check(gm, name, inputs, expected)
+    return _record(gm, name, inputs, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=notes)
+
+
+def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Return the graph in the dialect, and notes."""
+    gm, written = unlift(program, name)
+    refuse_foreign(gm)
+    try:
+        inputs = functionalize(gm)
+    except NotSubstitutable:
+        with quiet(), torch.no_grad():
+            gm, written = unlift(program.run_decompositions({}), name)
+        refuse_foreign(gm)
+        inputs = ()
+    state = {**dict(gm.named_buffers()), **dict(gm.named_parameters())}
+    for target in written:
+        if target in state:
+            raise CaptureError(
+                f"the model writes {target!r} in forward{describe_write(gm, target)}, so its output depends on "
+                "earlier calls; keep such state out of forward, or update it only in training mode."
+            )
+    canonicalize(gm)
+    delete_unused_attrs(gm)
+    gm.graph.lint()
+    gm.recompile()
+    gm.training = False
+    names = tuple(dict.fromkeys((*inputs, *written)))
+    return gm, tuple(
+        f"the model writes into its input {target!r}; the captured graph leaves it" for target in names
+    )
+
+
+def _check(gm: fx.GraphModule, name: str, inputs: Inputs, expected: Any) -> None:
+    found = difference(expected, run_model(gm, inputs))
+    if found is not None:
+        raise CaptureError(
+            f"the captured graph of {name} does not reproduce the model on the example inputs "
+            f"({inputs.describe()}): {found}; look for state or randomness in forward, or capture its submodules."
+        )
+
+
+def _check_single(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Compare at a batch of one, which export takes for a special case."""
+    single = inputs.with_batch(1, inputs.carriers())
+    try:
+        expected = run_model(model, single)
+    except CaptureError:
+        return ()  # the model itself needs more than one sample
+    try:
+        found = difference(expected, run_model(gm, single))
+    except CaptureError as error:
+        found = str(error)
+    return () if found is None else (f"the captured graph holds for batches of 2 or more, not of 1: {found}",)
+
+
+def _record(
+    gm: fx.GraphModule, name: str, inputs: Inputs, *, dynamic: bool, notes: tuple[str, ...]
+) -> fx.GraphModule:
+    gm.meta[INFO_KEY] = CaptureInfo(
+        input_names=input_names(gm),
+        output_names=output_names(gm),
+        dynamic_batch=dynamic,
+        notes=notes,
+        model_name=name,
+        args=inputs.args,
+        kwargs=inputs.kwargs,
+    )
+    return gm

@@ -1,0 +1,166 @@
+"""Turn in-place operations into functional ones by substitution, where that is plainly right.
+
+`y = relu_(x)` becomes `y = relu(x)` and later readers of `x` read `y`. That is right when no other alias of x's
+memory is read later. Aliases are found by the storage of the fake values, which export shares just as the real
+tensors do: this sees through views that no schema declares (dropout in eval, einsum of one operand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from graphsurgery.errors import CaptureError
+from graphsurgery.graph import annotate, source_line
+
+aten = torch.ops.aten
+
+__all__ = ["NotSubstitutable", "functionalize"]
+
+
+class NotSubstitutable(Exception):
+    """An in-place operation needs torch's full functionalisation."""
+
+
+def functionalize(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Replace every in-place operation of `gm`.
+
+    Returns:
+        The names of the inputs that the model writes into; the graph does not.
+
+    Raises:
+        NotSubstitutable: An alias is read later, or the operation has no functional twin.
+        CaptureError: The model writes a parameter, a buffer or a constant.
+    """
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    groups: dict[int, list[fx.Node]] = {}
+    for node in order:
+        for storage in _storages(node.meta.get("val")):
+            groups.setdefault(storage, []).append(node)
+    inputs: list[str] = []
+    for node in order:
+        written = _written(node)
+        if not written:
+            continue
+        if node.target is aten.detach_.default:  # writes no memory
+            node.target = aten.detach.default
+            written[0].replace_all_uses_with(
+                node, delete_user_cb=_later(order, order[node]), propagate_meta=False
+            )
+            continue
+        if len(written) > 1:
+            raise NotSubstitutable(f"{node.name} writes several tensors")
+        target = written[0]
+        aliases = _group_of(target, groups)
+        _check_owner(aliases, node, inputs)
+        _substitute(gm, node, target, aliases, order)
+    return tuple(dict.fromkeys(inputs))
+
+
+def _storages(value: Any) -> list[int]:
+    if isinstance(value, torch.Tensor):
+        return [value.untyped_storage()._cdata]
+    if isinstance(value, (list, tuple)):
+        return [storage for item in value for storage in _storages(item)]
+    return []
+
+
+def _group_of(target: fx.Node, groups: dict[int, list[fx.Node]]) -> list[fx.Node]:
+    return [node for storage in _storages(target.meta.get("val")) for node in groups.get(storage, [])]
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the operands that `node` writes into."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return []
+    schema = node.target._schema
+    if not schema.is_mutable:
+        return []
+    found: list[fx.Node] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        found.extend(item for item in _flat(value) if isinstance(item, fx.Node))
+    return found
+
+
+def _flat(value: Any) -> list[Any]:
+    return [item for part in value for item in _flat(part)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_owner(aliases: list[fx.Node], node: fx.Node, inputs: list[str]) -> None:
+    for alias in aliases:
+        if alias.op == "get_attr":
+            raise CaptureError(
+                f"the model writes {alias.target!r} in forward (at {source_line(node) or node.name}), so its output "
+                "depends on earlier calls; keep such state out of forward, or update it only in training mode."
+            )
+        if alias.op == "placeholder":
+            inputs.append(str(alias.target))
+
+
+def _functional_twin(target: OpOverload) -> OpOverload:
+    namespace, name = target._schema.name.split("::")
+    base = name.removesuffix("_")
+    if torch.Tag.inplace_view in target.tags:
+        raise NotSubstitutable(f"{target} changes the shape of a tensor in place")
+    packet = getattr(getattr(torch.ops, namespace), base, None) if name.endswith("_") else None
+    twin = getattr(packet, target._overloadname, None) if packet is not None else None
+    if not isinstance(twin, OpOverload) or twin._schema.is_mutable:
+        raise NotSubstitutable(f"{target} has no functional twin")
+    return twin
+
+
+def _substitute(
+    gm: fx.GraphModule, node: fx.Node, target: fx.Node, aliases: list[fx.Node], order: dict[fx.Node, int]
+) -> None:
+    now = order[node]
+    same = {target}
+    for alias in aliases:
+        if alias is target or alias is node or order[alias] > now:
+            continue  # what is made from the result later is made from the new value
+        if any(order[user] > now for user in alias.users):
+            if not _is_same_value(alias, target):
+                raise NotSubstitutable(f"{node.name} writes what {alias.name} views")
+            same.add(alias)
+    old_target, old_value = node.target, node.meta["val"]
+    if not isinstance(old_target, OpOverload):
+        raise NotSubstitutable(f"{old_target} is no operator")
+    node.target = _functional_twin(old_target)
+    if _may_promote(node, old_value.dtype):
+        annotate(gm, node)
+    if old_value.dtype != node.meta["val"].dtype or tuple(old_value.shape) != tuple(node.meta["val"].shape):
+        raise NotSubstitutable(f"{old_target} keeps the dtype or shape of what it writes")
+    node.meta["val"] = old_value
+    node._rename(node.target._schema.name.split("::")[1])
+    for alias in same:
+        alias.replace_all_uses_with(node, delete_user_cb=_later(order, now), propagate_meta=False)
+
+
+def _may_promote(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Return whether the functional result could be of another dtype than the tensor that was written.
+
+    The shape never differs, since an in-place result has that of its target; nor do scalars promote, since in
+    place they must not.
+    """
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return any(isinstance(value, torch.Tensor) and value.dtype != dtype for value in values)
+
+
+def _later(order: dict[fx.Node, int], now: int) -> Callable[[fx.Node], bool]:
+    return lambda user: order[user] > now
+
+
+def _is_same_value(a: fx.Node, b: fx.Node) -> bool:
+    """Return whether two nodes of one storage are the whole of it in the same order (`relu_` returns its operand)."""
+    x, y = a.meta["val"], b.meta["val"]
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+        return False
+    if x.dtype != y.dtype or x.shape != y.shape or x.storage_offset() != y.storage_offset():
+        return False
+    return x.stride() == y.stride()

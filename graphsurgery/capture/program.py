@@ -1,0 +1,182 @@
+"""Run the model and export it, with one clear error where that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import linecache
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from graphsurgery.capture.inputs import Inputs
+from graphsurgery.errors import CaptureError
+
+__all__ = ["Exported", "export_model", "free_carriers", "quiet", "run_model"]
+
+_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+
+
+class Exported:
+    """An exported program and how it was got."""
+
+    def __init__(self, program: ExportedProgram, *, dynamic: bool, notes: tuple[str, ...]) -> None:
+        self.program = program
+        self.dynamic = dynamic
+        self.notes = notes
+
+
+def run_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Run `model` on a copy of the inputs, without gradients and without touching the caller's random state.
+
+    Raises:
+        CaptureError: The model raised; the message quotes its complaint and the user's line.
+    """
+    fresh = inputs.fresh()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model(*fresh.args, **fresh.kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} fails on the example inputs ({inputs.describe()}): {_complaint(error)}"
+            f"{_at(error)}; pass inputs that the model accepts."
+        ) from error
+
+
+def _complaint(error: BaseException) -> str:
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]) or "no message"
+    return f"{type(error).__name__}: {text[:300].rstrip('.')}"
+
+
+def _at(error: BaseException) -> str:
+    """Return ` (at file.py:12, in forward: code)` for the last frame of the user's in the traceback."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_SKIPPED, "<"))
+    ]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    code = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+    return f" (at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}: {code})"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch.export prints, logs and warns about; errors are reported by exceptions."""
+    handlers = logging.getLogger("torch").handlers
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    for handler in handlers:
+        handler.addFilter(drop)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(drop)
+
+
+def _export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
+    with quiet(), torch.no_grad():
+        return torch.export.export(
+            model, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False
+        )
+
+
+def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in str(error):
+        why = "its control flow depends on the values of a tensor"
+        advice = "write the choice as torch.where, or capture the submodules on either side of it"
+    else:
+        why = f"torch.export cannot trace it ({_complaint(error)})"
+        advice = "rewrite that line with traceable operations, or capture the submodules around it"
+    return CaptureError(f"{type(model).__name__} cannot be captured{_at(error)}: {why}; {advice}.")
+
+
+def free_carriers(program: ExportedProgram, carriers: list[int]) -> list[int]:
+    """Return the carriers whose leading size stayed symbolic."""
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [values[name] for name in names if isinstance(values.get(name), torch.Tensor)]
+    return [i for i in carriers if i < len(tensors) and isinstance(tensors[i].shape[0], torch.SymInt)]
+
+
+def _try_dynamic(model: nn.Module, inputs: Inputs, carriers: list[int]) -> tuple[ExportedProgram, list[int]]:
+    batch = inputs.batch()
+    # A size of 1 would be taken for a constant, so a single sample is repeated.
+    wide = inputs.with_batch(2, carriers) if batch == 1 else inputs
+    shapes = ShapesCollection()
+    tensors = wide.tensors()
+    for index in carriers:
+        shapes[tensors[index]] = {0: Dim.AUTO}
+    program = _export(model, wide, shapes)
+    return program, free_carriers(program, carriers)
+
+
+def export_model(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Exported:
+    """Export `model`, with a free batch where it allows that.
+
+    Raises:
+        CaptureError: torch.export cannot trace the model.
+    """
+    if dynamic_shapes is not None:
+        try:
+            program = _export(model, inputs, dynamic_shapes)
+        except Exception as error:
+            raise _refuse(model, error) from error
+        return Exported(program, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=())
+
+    carriers = inputs.carriers()
+    reason = "no input has a batch dimension"
+    while carriers:
+        try:
+            program, free = _try_dynamic(model, inputs, carriers)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a static capture may still work
+            reason = f"with a free batch it fails: {_complaint(error)}{_at(error)}"
+            break
+        if free == carriers:
+            return Exported(program, dynamic=True, notes=())
+        reason = "the model fixes it" + _who_fixed_it(program)
+        carriers = free  # inputs whose leading size only happened to equal the batch stay fixed
+    try:
+        program = _export(model, inputs, None)
+    except Exception as error:
+        raise _refuse(model, error) from error
+    size = inputs.batch()
+    batch = "" if size is None else f" of {size}"
+    return Exported(program, dynamic=False, notes=(f"captured with a static batch{batch}: {reason}",))
+
+
+def _who_fixed_it(program: ExportedProgram) -> str:
+    """Return ` (at file.py:12, in forward: code)` where the batch became a number, "" if unknown."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            env = value.fake_mode.shape_env
+            for symbol, location in env.replacements_slocs.items():
+                frame = location.maybe_user_loc or location.framework_loc
+                if not env.replacements[symbol].is_number or frame is None:
+                    continue
+                if isinstance(frame, str):
+                    return f" (at {frame})"
+                if not frame.filename.startswith(_SKIPPED):
+                    return f" (at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}: {frame.line})"
+            return ""
+    return ""
