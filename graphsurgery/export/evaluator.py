@@ -1,4 +1,4 @@
-"""Variants of an ONNX graph for verification: in float64, and with its constants moved by a unit in the last place."""
+"""Variants of an ONNX graph for verification: in float64, and with its constants moved by a rounding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Float64Evaluator:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Float64Evaluator | None:
-        """Return the evaluator of a file; None where the graph is too large for it or uses what it does not know."""
+        """Return the evaluator of a file; None where the graph is too large or uses what it does not know."""
         model = read_model(path)
         if macs(model) > _MAX_MACS:
             return None
@@ -62,7 +62,7 @@ class Float64Evaluator:
         try:
             with np.errstate(all="ignore"):
                 found = self._evaluator.run(None, arrays)
-        except Exception as error:  # noqa: BLE001 - plain numpy code for each operator, which raises anything
+        except Exception as error:  # plain numpy code for each operator, which raises anything
             raise VerificationError(f"the ONNX reference evaluator failed in float64: {error}") from error
         pairs = zip(self._outputs, found, strict=True)
         return {name: torch.from_numpy(np.array(value)) for name, value in pairs}
@@ -146,7 +146,7 @@ def macs(model: onnx.ModelProto) -> float:
 
 
 def nudged_session(path: str | os.PathLike[str], seed: int, ulps: float) -> OnnxSession | None:
-    """Return a session of the graph in a file with every float constant moved by `ulps` units; None above 2 GB."""
+    """Return a session of the file with every float constant moved by `ulps` units; None above 2 GB."""
     model = read_model(path)
     generator = np.random.default_rng(seed)
     for tensor in model.graph.initializer:

@@ -1,4 +1,4 @@
-"""A module written as an ONNX file: exported, checked, run on onnxruntime and compared, or not written at all."""
+"""A module as an ONNX file: exported, checked, run on onnxruntime and compared, or not written at all."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx"]
 OPSET = 20
 """Opset of the files.
 
-The least one in which every layer that passes leave whole is one node (LayerNormalization came with 17, Gelu and
-GridSample in three dimensions with 20), and what torch's exporter emits by itself: another number would send the graph
-through onnx's version converter, which knows fewer operators than the exporter.
+The least one in which every layer that passes leave whole is one node (LayerNormalization came with 17, Gelu
+and GridSample in three dimensions with 20), and what torch's exporter emits by itself: another number would
+send the graph through onnx's version converter, which knows fewer operators than the exporter.
 """
 
 _LARGEST_FILE = 2**31 - 2**20
@@ -63,7 +63,8 @@ class ExportResult:
         path: The file.
         size_bytes: Size of the file and its external data.
         opset: Version of the default operator set.
-        verdict: Comparison of onnxruntime, optimisations on, with the original module; None if it was not asked for.
+        verdict: Comparison of onnxruntime, optimisations on, with the original module; None if it was not
+            asked for.
         external_data: Whether the weights lie in a file of their own.
         verdicts: All comparisons: optimisations off, then on.
         notes: What a reader should know besides.
@@ -93,8 +94,8 @@ def export_onnx(
 
     Args:
         module: What is exported.
-        info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs is
-            called `batch` in the file.
+        info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs
+            is called `batch` in the file.
         path: The file. An older one is replaced at the end, at once.
         reference: The original module, which onnxruntime's results are compared with; None takes `module`.
         verify: Whether to compare. Without it `verdict` is None, which is not "passed".
@@ -109,7 +110,9 @@ def export_onnx(
     target = Path(path)
     with staging(target) as folder:
         model, notes = _translate(module, info, opset)
-        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+        size = sum(
+            value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+        )
         external = size > _LARGEST_FILE if external_data is None else external_data
         file = folder / target.name
         _write(model, file, data_name(target) if external else None)
@@ -130,7 +133,7 @@ def export_onnx(
     )
 
 
-# -- translation ---------------------------------------------------------------------------------------------------
+# -- translation ------------------------------------------------------------------------------------------
 
 
 def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir.Model, list[str]]:
@@ -153,7 +156,9 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
             f"{type(module).__name__} cannot be translated to ONNX: {type(error).__name__}: {_reason(error)}"
         ) from error
     if found is None:
-        raise ExportError(f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing")
+        raise ExportError(
+            f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing"
+        )
     model: onnx_ir.Model = found.model
     if info.dynamic_batch and not _name_batch(model):
         notes.append("the batch dimension became static in export")
@@ -171,14 +176,15 @@ def _reason(error: BaseException) -> str:
 def _torch_export(
     module: nn.Module, example: Inputs, dynamic: bool, notes: list[str]
 ) -> torch.export.ExportedProgram:
-    """Export with a free batch where asked for; at a batch of two, for one and zero are special to torch.export."""
+    """Export, with a free batch where asked for: at a batch of two, one being special to torch.export."""
     kwargs = dict(example.kwargs or {})
     if not dynamic:
         return torch.export.export(module, example.args, kwargs, strict=False)
     size = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
     free = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size for x in example.leaves()]
     leaves = [
-        torch.cat([x, x]) if batched and size == 1 else x for x, batched in zip(example.leaves(), free, strict=True)
+        torch.cat([x, x]) if batched and size == 1 else x
+        for x, batched in zip(example.leaves(), free, strict=True)
     ]
     wide = example.replace(leaves)
     kwargs = dict(wide.kwargs or {})
@@ -192,12 +198,13 @@ def _torch_export(
 
 
 def _shapes(module: nn.Module, inputs: Inputs, free: list[bool], dim: Any) -> Any:
-    """Return `dynamic_shapes`, whose outer keys must be the names of forward's arguments, also for keywords."""
-    collection = torch.export.ShapesCollection()
+    """Return `dynamic_shapes`; its outer keys must be forward's own argument names, in any call."""
+    collection = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf, batched in zip(inputs.leaves(), free, strict=True):
         if batched:
             collection[leaf] = {0: dim}
-    return collection.dynamic_shapes(module, inputs.args, dict(inputs.kwargs or {}))
+    kwargs = dict(inputs.kwargs or {})
+    return collection.dynamic_shapes(module, inputs.args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
@@ -209,7 +216,7 @@ def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
 
 
 def _name_batch(model: onnx_ir.Model) -> bool:
-    """Call the free leading dimension of the inputs `batch` wherever it occurs; return whether there is one."""
+    """Call the free leading dimension of the inputs `batch` everywhere; return whether there is one."""
     leading = [value.shape[0] for value in model.graph.inputs if value.shape]
     symbols = {dim.value for dim in leading if isinstance(dim, onnx_ir.SymbolicDim) and dim.value}
     symbol = next((name for name in sorted(symbols) if _SYMBOL.match(name)), None)
@@ -241,7 +248,7 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-# -- writing and comparing -----------------------------------------------------------------------------------------
+# -- writing and comparing --------------------------------------------------------------------------------
 
 
 def _write(model: onnx_ir.Model, file: Path, data: str | None) -> None:
@@ -274,7 +281,7 @@ def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict,
             runner = OnnxRunner(file, optimised=optimised, input_names=_input_names(info, example), name=name)
         except RuntimeUnavailableError as error:
             raise VerificationError(
-                f"{file.name} was not verified and is not kept, for {error}; export with verify=False to keep it"
+                f"{file.name} could not be verified and is not kept ({error}); verify=False keeps it so"
             ) from error
         wanted, names = _output_names(info, baseline), runner.output_names
         if wanted and names != wanted:

@@ -42,8 +42,8 @@ def staging(path: Path) -> Iterator[Path]:
 def data_name(path: Path) -> str:
     """Return a name for the external data of `path` that no file beside it has.
 
-    An older model keeps its own data until the new one stands in its place, so a crash between the two moves cannot
-    pair one's graph with the other's weights.
+    An older model keeps its own data until the new one stands in its place, so a crash between the two moves
+    cannot pair one's graph with the other's weights.
     """
     name, count = f"{path.name}.data", 0
     while (path.parent / name).exists():
@@ -53,7 +53,7 @@ def data_name(path: Path) -> str:
 
 
 def commit(folder: Path, path: Path) -> None:
-    """Move the model `folder / path.name` and its data into place, the model last; remove the old model's data.
+    """Move `folder / path.name` and its data into place, the model last; remove the old model's data.
 
     Raises:
         ExportError: A file cannot be moved.
@@ -79,10 +79,13 @@ def _data_files(path: Path) -> set[Path]:
         return set()
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception:  # what lies there is no ONNX file, whatever error says so: it owns no data
+    except Exception:  # noqa: BLE001 - what lies there is no ONNX file, whatever says so, and owns no data
         return set()
     names = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
     }
     ours = {name for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")}
     return {path.parent / name for name in ours if Path(name).name == name}

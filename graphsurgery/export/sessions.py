@@ -48,10 +48,12 @@ def read_model(path: StrPath, *, weights: bool = True) -> onnx.ModelProto:
         raise VerificationError(f"{file} {what}; expected the path of an ONNX file")
     try:
         model = onnx.load(file, load_external_data=weights)
-    except Exception as error:  # noqa: BLE001 - protobuf, onnx and the file system each raise their own kinds
+    except Exception as error:  # protobuf, onnx and the file system each raise their own kinds
         raise VerificationError(f"{file} cannot be read as an ONNX model: {_first_line(error)}") from error
     if not model.graph.output:
-        raise VerificationError(f"{file} holds no ONNX graph with outputs; it is cut off or another kind of file")
+        raise VerificationError(
+            f"{file} holds no ONNX graph with outputs; it is cut off or another kind of file"
+        )
     return model
 
 
@@ -85,8 +87,8 @@ class OnnxSession:
     Attributes:
         input_names: Names of the graph's inputs.
         output_names: Names of its outputs.
-        inputs: Dtype and shape of each input; a free dimension is a string or None. The dtype is None if torch has
-            no name for it.
+        inputs: Dtype and shape of each input; a free dimension is a string or None. The dtype is None if
+            torch has no name for it.
 
     Raises:
         RuntimeUnavailableError: onnxruntime has no kernel for one of the operators at its dtype.
@@ -103,7 +105,7 @@ class OnnxSession:
         payload = source if isinstance(source, bytes) else os.fspath(source)
         try:
             self._session = ort.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base class
+        except Exception as error:  # onnxruntime's exceptions share no public base class
             raise _session_error(self.source, error) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
@@ -123,7 +125,7 @@ class OnnxSession:
         try:
             arrays = {name: value.detach().cpu().numpy() for name, value in feeds.items()}
             found = self._session.run(None, arrays)
-        except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no public base class
+        except Exception as error:  # onnxruntime's exceptions share no public base class
             raise VerificationError(f"onnxruntime failed on {self.source}: {_first_line(error)}") from error
         pairs = zip(self.output_names, found, strict=True)
         return {name: torch.from_numpy(np.array(value)) for name, value in pairs}
@@ -197,6 +199,6 @@ def _feeds(
     ordered = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if len(ordered) != len(session.input_names):
         raise VerificationError(
-            f"{session.source} has {len(session.input_names)} inputs {session.input_names}, got {len(ordered)}"
+            f"{session.source} has inputs {', '.join(session.input_names)}, got {len(ordered)} tensors"
         )
     return dict(zip(session.input_names, ordered, strict=True))

@@ -1,4 +1,4 @@
-"""A reference, run once: its anchor and its rounding noise, against which any number of candidates are judged."""
+"""A reference, run once: its anchor and its rounding noise, against which any candidates are judged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from graphsurgery.verify.compare import (
 from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, battery, samples_for
 from graphsurgery.verify.judge import judge
 from graphsurgery.verify.precision import nudge_inputs
-from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, Runner, TorchRunner, runner_for
+from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, TorchRunner, runner_for
 from graphsurgery.verify.verdict import Verdict
 
 __all__ = ["Baseline", "Output"]
@@ -41,7 +41,8 @@ class Output:
     Attributes:
         name: Its name.
         native: Values in the reference's own dtype, one tensor per run.
-        anchor: Values that errors are measured against: float64, or the native ones where there is no float64 run.
+        anchor: Values that errors are measured against: float64, or the native ones where there is no float64
+            run.
         overflowed: For floats, where the native value or a nudged one is not finite though the anchor is.
         undecided: For integers, where rounding changes the reference's own value.
         yardstick: The rounding noise of a float output.
@@ -68,7 +69,8 @@ class Baseline:
     Args:
         reference: nn.Module, GraphModule, path of an .onnx file, or a `Runner`.
         inputs: Example inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        dynamic_batch: Whether the leading dimension of the inputs is free; then batch 1 and a larger one are run.
+        dynamic_batch: Whether the leading dimension of the inputs is free; then batch 1 and a larger one are
+            run.
         samples: Number of cases; None chooses 3 to 8 by the cost of one.
         seed: Seed of the battery.
 
@@ -111,12 +113,13 @@ class Baseline:
         """Return the verdict on a candidate: nn.Module, GraphModule, path of an .onnx file, or a `Runner`.
 
         Raises:
-            VerificationError: The candidate cannot be loaded. One that loads but fails in the run is a verdict.
+            VerificationError: The candidate cannot be loaded. One that loads but fails in the run is a
+                verdict.
             RuntimeUnavailableError: onnxruntime has no kernel for an operator of the file.
         """
         return judge(self, runner_for(candidate))
 
-    # -- running the reference -------------------------------------------------------------------------------------
+    # -- running the reference ----------------------------------------------------------------------------
 
     def _flops(self, example: Inputs, dynamic_batch: bool) -> float:
         one = battery(example, dynamic_batch=dynamic_batch, samples=1)[0].inputs
@@ -131,7 +134,7 @@ class Baseline:
             return run()
         except GraphSurgeryError:
             raise
-        except Exception as error:  # noqa: BLE001 - the caller's forward may raise anything
+        except Exception as error:  # the caller's forward may raise anything
             raise VerificationError(
                 f"{self.runner.name} raised on the example inputs, so there is nothing to compare with: "
                 f"{type(error).__name__}: {error}"
@@ -171,8 +174,8 @@ class Baseline:
                 reason = f"it fails in float64 ({type(error).__name__}: {error})"
         self.anchor = f"{self.runner.name} itself, no float64 anchor"
         self.notes.append(
-            f"no float64 anchor for {self.runner.name}: {reason}; errors are measured from its own outputs, and the "
-            "bound from how far these move when its parameters and inputs move by a unit in the last place"
+            f"no float64 anchor for {self.runner.name}: {reason}; errors are measured from its own "
+            "outputs, and the bound from how far these move when its parameters and inputs move by a unit in the last place"
         )
         return None
 
@@ -210,7 +213,7 @@ class Baseline:
         batch = self.batches[run]
         return canonical(value, len(batch.cases), batch.stacked)
 
-    # -- rounding noise --------------------------------------------------------------------------------------------
+    # -- rounding noise -----------------------------------------------------------------------------------
 
     def _measure_noise(self, *, measured: bool) -> None:
         if measured:
@@ -222,8 +225,8 @@ class Baseline:
         done = sum(self._nudge(_SEED_OF_NOISE + draw, 1.0) for draw in range(draws))
         if done == 0:
             self.notes.append(
-                f"{self.runner.name} cannot be run with its data moved, so the bound holds little more than the "
-                "rounding of its own run"
+                f"{self.runner.name} cannot be run with its data moved, so the bound holds little more than "
+                "the rounding of its own run"
             )
         if not all(output.is_float for output in self.outputs):
             for draw in range(_DRAWS_FULL):
@@ -273,8 +276,8 @@ class Baseline:
     def _require_something(self) -> None:
         if not any(value.numel() for output in self.outputs for value in output.native):
             raise VerificationError(
-                f"{self.runner.name} returned no values on the example ({len(self.outputs)} outputs), so nothing can "
-                "be compared; expected at least one tensor with elements"
+                f"{self.runner.name} returned no values on the example ({len(self.outputs)} outputs): nothing "
+                "can be compared; expected at least one tensor with elements"
             )
         if all(bool(value.isnan().all()) for output in self.outputs for value in output.native):
             raise VerificationError(
@@ -282,5 +285,3 @@ class Baseline:
                 "look for NaN in its weights or in the example"
             )
         gc.collect()  # the copies that made the noise
-
-

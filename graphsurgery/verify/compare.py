@@ -1,27 +1,32 @@
 """The criterion: how far a correct program may lie from the exact values of the function.
 
-Two float32 programs of one function differ, and by how much depends on the network and the input. So nothing here is
-a fixed tolerance. Notation, for one output:
+Two float32 programs of one function differ, and by how much depends on the network and the input. So nothing
+here is a fixed tolerance. Notation, for one output:
 
 - `y`       anchor: the reference in float64
 - `d_0`     the reference in its own dtype
-- `d_1..k`  the reference in its own dtype with every parameter and every input moved by about one unit in the last
-            place, at random. A backward-stable program is one that answers exactly for data moved that little, so
-            the spread of the draws is what rounding can do to *this* function on *this* input: it holds the depth,
-            the cancellation, and the amplification by normalisations, without a model of any of them.
+- `d_1..k`  the reference in its own dtype with every parameter and every input moved by about one unit in the
+last
+            place, at random. A backward-stable program is one that answers exactly for data moved that
+            little, so the spread of the draws is what rounding can do to *this* function on *this* input: it
+            holds the depth, the cancellation, and the amplification by normalisations, without a model of any
+            of them.
 - `s`       a case (a row of the batch); `g` a channel: a slice along axis 1, and again along the last axis.
 
 Per case and channel, with maxima over the elements of the slice (a wrong border is a few elements):
 
-    noise[s,g] = max over draws of max |d - y|          scale[s,g] = max |y|          error[s,g] = max |candidate - y|
+    noise[s,g] = max over draws of max |d - y|          scale[s,g] = max |y|          error[s,g] = max
+    |candidate - y|
 
-One channel of a row of logits is a single number, and a few draws of one number may be small by chance. So the noise
-is smoothed by what the other cases and channels say, never by a larger channel's absolute size:
+One channel of a row of logits is a single number, and a few draws of one number may be small by chance. So
+the noise is smoothed by what the other cases and channels say, never by a larger channel's absolute size:
 
     T[s,g] = max( noise[s,g],                            measured there
                   max_g noise[s,:] * p[g],               the channel's usual share of the case's noise
-                  max_g scale[s,:] * q[g] * r )          the output's usual noise relative to a channel's scale
-    p[g] = rms_s( noise[s,g] / max_g noise[s,:] ),  q[g] likewise from scale,  r = median( noise / usual scale )
+                  max_g scale[s,:] * q[g] * r )          the output's usual noise relative to a channel's
+                  scale
+    p[g] = rms_s( noise[s,g] / max_g noise[s,:] ),  q[g] likewise from scale,  r = median( noise / usual scale
+    )
 
 The candidate passes when, for every s and g,
 
@@ -29,13 +34,14 @@ The candidate passes when, for every s and g,
     floor[s,g] = 4 eps * scale[s,g] + smallest normal number
     factor     = c * sqrt( ln(2 N m / a) / ln(2 m k) )
 
-The square root is the ratio of two extremes of normal noise: the greatest of all N m values that the candidate is
-judged on (m in each of N slices), exceeded with probability `a` = 1e-6, over the greatest of the m k values that one
-entry of the table was made from. `c` = 4 is for programs that add in another order: the error of a sum of n terms
-grows between sqrt(log n) (pairwise) and sqrt(n / 2) (one after the other) for terms of random sign [Higham, Mary
-2019], and between the blocked sums of the kernels in use that ratio stays below 4. In float64, where the sums are
-exact by comparison and only the storage of the weights is left, `c` = 2 and the floor is one unit. The floor covers
-the last operation alone: elementary functions of the runtimes in use are good to 4 units in the last place.
+The square root is the ratio of two extremes of normal noise: the greatest of all N m values that the
+candidate is judged on (m in each of N slices), exceeded with probability `a` = 1e-6, over the greatest of the
+m k values that one entry of the table was made from. `c` = 4 is for programs that add in another order: the
+error of a sum of n terms grows between sqrt(log n) (pairwise) and sqrt(n / 2) (one after the other) for terms
+of random sign [Higham, Mary 2019], and between the blocked sums of the kernels in use that ratio stays below
+4. In float64, where the sums are exact by comparison and only the storage of the weights is left, `c` = 2 and
+the floor is one unit. The floor covers the last operation alone: elementary functions of the runtimes in use
+are good to 4 units in the last place.
 """
 
 from __future__ import annotations
@@ -128,7 +134,9 @@ class Yardstick:
         for axis in self._axes():
             found = [_slice_max(error, axis) for error in errors]
             old = self.noise.get(axis)
-            self.noise[axis] = [torch.maximum(a, b) for a, b in zip(old, found, strict=True)] if old else found
+            self.noise[axis] = (
+                [torch.maximum(a, b) for a, b in zip(old, found, strict=True)] if old else found
+            )
         self.draws += 1
         if reference:
             self.reference = _spread(errors, self.anchors)
@@ -137,7 +145,7 @@ class Yardstick:
         return (1,) if all(anchor.ndim == 2 for anchor in self.anchors) else (1, -1)
 
     def judge(self, outputs: list[Tensor], precision: str) -> Comparison:
-        """Compare a candidate's outputs, one (case, ...) tensor in float64 per run; only finite values count."""
+        """Compare a candidate's outputs, one (case, ...) float64 tensor per run; only finite values count."""
         errors = [_errors(value, anchor) for value, anchor in zip(outputs, self.anchors, strict=True)]
         parts = [self._judge_axis(errors, axis) for axis in self._axes()]
         worst = max(parts, key=lambda part: part.share)

@@ -11,12 +11,14 @@ A battery holds, in order of importance (a dear model gets fewer, see `samples_f
 7. `constant`   the same value everywhere: normalisations amplify the rounding there
 8. `example[1]` the second row of the example if it has one, else `normal[1]`
 
-Integer and boolean inputs (token ids, masks) are drawn uniformly between the least and the greatest value of the
-example for the cases of noise, and kept as they are elsewhere, so no id leaves the range that the caller showed.
+Integer and boolean inputs (token ids, masks) are drawn uniformly between the least and the greatest value of
+the example for the cases of noise, and kept as they are elsewhere, so no id leaves the range that the caller
+showed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,9 +130,10 @@ def battery(
 
     Args:
         example: The caller's inputs.
-        dynamic_batch: Whether the leading dimension is free. Then the cases are rows: the example alone at batch 1,
-            the others together in a second batch. Else each case is one run with the example's shapes. Tensors whose
-            leading size differs from that of the first one are taken to have no batch dimension.
+        dynamic_batch: Whether the leading dimension is free. Then the cases are rows of runs at
+            different batch sizes, the example alone at batch 1. Else each case is one run with the example's
+            shapes. Tensors whose leading size differs from that of the first one are taken to have no batch
+            dimension.
         samples: Number of cases, at least 1; the first ones of `CASES`.
         seed: Seed of the generator; the global one is not touched.
     """
@@ -141,15 +144,21 @@ def battery(
         made = [_whole(example, case, generator) for case in cases]
         return tuple(Batch(inputs, (case,), False) for case, inputs in zip(cases, made, strict=True))
     rows = [_row(example, case, size, generator) for case in cases]
-    batches = [Batch(rows[0], cases[:1], True)]
-    if len(rows) > 1:
-        batches.append(Batch(_stack(rows[1:], _batched(example, size)), cases[1:], True))
-    return tuple(batches)
+    batched = _batched(example, size)
+    return tuple(Batch(_stack(rows[a:b], batched), cases[a:b], True) for a, b in _splits(len(rows)))
+
+
+def _splits(rows: int) -> list[tuple[int, int]]:
+    """Return the bounds of runs of different batch sizes, one of them 1: 8 cases are runs of 1, 2 and 5."""
+    ends = [0, 1, 3, rows] if rows >= 6 else [0, 1, rows]
+    return [(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
 def batch_size(inputs: Inputs) -> int | None:
     """Return the leading size of the first tensor that has one."""
-    return next((int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.ndim and tensor.shape[0]), None)
+    return next(
+        (int(tensor.shape[0]) for tensor in inputs.tensors() if tensor.ndim and tensor.shape[0]), None
+    )
 
 
 def _batched(inputs: Inputs, size: int) -> list[bool]:
@@ -227,12 +236,13 @@ def _statistics(example: Tensor) -> tuple[float, float]:
 
 
 def _impulses(shape: torch.Size, level: float, generator: torch.Generator) -> Tensor:
-    """Return zeros with values of about `level` at all corners, mid-borders and the centre of the last three axes."""
+    """Return zeros with values of about `level` at corners, mid-borders and centre of the last three axes."""
     values = torch.zeros(shape, dtype=torch.float64)
     spots = [sorted({0, size // 2, size - 1}) for size in shape[1:][-3:] if size]
     if values.numel() == 0 or not spots:
         return values
     grid = torch.cartesian_prod(*(torch.tensor(spot) for spot in spots)).reshape(-1, len(spots))
-    drawn = torch.randn(values.shape[: values.ndim - len(spots)] + (len(grid),), generator=generator)
-    values[(..., *grid.unbind(1))] = (drawn.sign() * (0.5 + drawn.abs())).to(torch.float64) * level
+    drawn = torch.randn((*values.shape[: values.ndim - len(spots)], len(grid)), generator=generator)
+    index: Any = (Ellipsis, *grid.unbind(1))
+    values[index] = (drawn.sign() * (0.5 + drawn.abs())).to(torch.float64) * level
     return values

@@ -28,7 +28,9 @@ def judge(baseline: Baseline, candidate: Runner) -> Verdict:
         except Exception as error:  # noqa: BLE001 - a candidate that raises is a finding, whatever it raises
             text = str(error) if isinstance(error, GraphSurgeryError) else f"{type(error).__name__}: {error}"
             size = _batch_size(batch.inputs.tensors())
-            return _verdict(baseline, candidate, False, f"it failed at batch {size} ({batch.cases[0]}): {text}")
+            return _verdict(
+                baseline, candidate, False, f"it failed at batch {size} ({batch.cases[0]}): {text}"
+            )
         found.append(outputs)
     mismatch = _structure(baseline, candidate, found)
     if mismatch:
@@ -80,22 +82,22 @@ def _structure(baseline: Baseline, candidate: Runner, found: list[Outputs]) -> s
     """Return in what the outputs do not match in count, order, name, shape or dtype; "" if they do."""
     wanted = [output.name for output in baseline.outputs]
     same_kind = any(
-        isinstance(baseline.runner, kind) and isinstance(candidate, kind) for kind in (TorchRunner, OnnxRunner)
+        isinstance(baseline.runner, kind) and isinstance(candidate, kind)
+        for kind in (TorchRunner, OnnxRunner)
     )
     for run, outputs in enumerate(found):
         names = list(outputs)
         if len(names) != len(wanted):
-            return (
-                f"it has {len(names)} outputs ({', '.join(names)}), the reference {len(wanted)} ({', '.join(wanted)})"
-            )
+            expected = f"{len(wanted)} ({', '.join(wanted)})"
+            return f"it has {len(names)} outputs ({', '.join(names)}), the reference {expected}"
         if same_kind and names != wanted:
             return f"its outputs are called {', '.join(names)}, expected {', '.join(wanted)} in this order"
         for output, got in zip(baseline.outputs, outputs.values(), strict=True):
-            expected = output.native[run]
-            if got.shape != expected.shape:
-                return f"output {output.name!r} has shape {list(got.shape)}, expected {list(expected.shape)}"
-            if got.dtype != expected.dtype:
-                return f"output {output.name!r} is {_dtype(got)}, expected {_dtype(expected)}"
+            like = output.native[run]
+            if got.shape != like.shape:
+                return f"output {output.name!r} has shape {list(got.shape)}, expected {list(like.shape)}"
+            if got.dtype != like.dtype:
+                return f"output {output.name!r} is {_dtype(got)}, expected {_dtype(like)}"
     return ""
 
 
@@ -144,7 +146,10 @@ def _judge_output(
     exact = None
     if doubles is not None and output.stored is not None:
         exact = output.stored.judge([baseline.canonical(v, run) for run, v in enumerate(doubles)], "float64")
-    verdict = dataclasses.replace(verdict, native=native, float64=exact, **_top1(baseline, output, values))
+    checked, agreed = _top1(output, values)
+    verdict = dataclasses.replace(
+        verdict, native=native, float64=exact, top1_checked=checked, top1_agreed=agreed
+    )
     return _conclude(verdict, native, exact)
 
 
@@ -158,17 +163,20 @@ def _conclude(verdict: OutputVerdict, native: Comparison, exact: Comparison | No
         return dataclasses.replace(verdict, ok=False, reason=reason)
     if native.resolution >= 1.0 and (exact is None or exact.resolution >= 1.0):
         reason = (
-            f"inconclusive: rounding alone explains errors of {native.resolution:.2g} times the output's own size on "
-            f"most inputs; verify the model in a higher precision"
+            f"inconclusive: rounding alone explains errors of {native.resolution:.2g} times the output's own "
+            "size on most inputs; verify the model in a higher precision"
         )
         return dataclasses.replace(verdict, ok=False, reason=reason)
-    ratio = "" if native.rounding_ratio is None else f", {native.rounding_ratio:.2g} times the reference's own"
+    ratio = (
+        "" if native.rounding_ratio is None else f", {native.rounding_ratio:.2g} times the reference's own"
+    )
     reason = (
         f"max error {native.max_error:.2e}, mean {native.mean_error:.2e}{ratio}; needs factor "
         f"{native.factor_needed:.2g} of {native.factor:.3g} allowed"
     )
     if exact is not None:
-        reason += f"; in float64 max error {exact.max_error:.2e}, factor {exact.factor_needed:.2g} of {exact.factor:.3g}"
+        needs = f"factor {exact.factor_needed:.2g} of {exact.factor:.3g}"
+        reason += f"; in float64 max error {exact.max_error:.2e}, {needs}"
     if verdict.top1_checked:
         reason += f"; top-1 agrees on {verdict.top1_agreed} of {verdict.top1_checked} clear rows"
     return dataclasses.replace(verdict, reason=reason)
@@ -206,8 +214,8 @@ def _misplaced(output: Output, values: list[Tensor]) -> str:
             index = [int(i) for i in wrong.nonzero()[0]]
             spot = tuple(index)
             return (
-                f"{int(wrong.sum())} values differ in kind: got {_KIND_NAMES[int(got[spot])]} where the reference "
-                f"has {_KIND_NAMES[int(native[spot])]}, first at {index}"
+                f"{int(wrong.sum())} values differ in kind: got {_KIND_NAMES[int(got[spot])]} where the "
+                f"reference has {_KIND_NAMES[int(native[spot])]}, first at {index}"
             )
     return ""
 
@@ -231,19 +239,21 @@ def _judge_integers(verdict: OutputVerdict, output: Output, values: list[Tensor]
     return dataclasses.replace(verdict, reason=f"{verdict.elements - undecided} values equal{left}")
 
 
-def _top1(baseline: Baseline, output: Output, values: list[Tensor]) -> dict[str, int]:
-    """Count the rows of (batch, classes) whose margin exceeds twice the allowed error, and those that agree."""
+def _top1(output: Output, values: list[Tensor]) -> tuple[int, int]:
+    """Count the rows of (batch, classes) whose margin is over twice the allowed error; those that agree."""
     if any(v.ndim != 2 or v.shape[1] < 2 or v.is_complex() for v in values) or output.yardstick is None:
-        return {"top1_checked": 0, "top1_agreed": 0}
+        return 0, 0
     checked = agreed = 0
-    for value, anchor, allowed in zip(values, output.yardstick.anchors, output.yardstick.allowed(), strict=True):
+    for value, anchor, allowed in zip(
+        values, output.yardstick.anchors, output.yardstick.allowed(), strict=True
+    ):
         rows = anchor.reshape(value.shape)
         top = rows.topk(2, dim=1).values
         bound = allowed.reshape(value.shape).amax(1) if allowed.numel() == value.numel() else allowed.max()
         clear = ((top[:, 0] - top[:, 1]) > 2.0 * bound) & rows.isfinite().all(1)
         checked += int(clear.sum())
         agreed += int((clear & (value.argmax(1) == rows.argmax(1))).sum())
-    return {"top1_checked": checked, "top1_agreed": agreed}
+    return checked, agreed
 
 
 def _summary(verdicts: tuple[OutputVerdict, ...]) -> str:

@@ -16,7 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphsurgery.verify.inputs import Inputs
 
-__all__ = ["Float64Mode", "copy_module", "nudge", "nudge_inputs", "nudge_module", "nudge_module_float64", "to_float64", "uses_low_precision"]
+__all__ = [
+    "Float64Mode",
+    "Nudger",
+    "copy_module",
+    "nudge_inputs",
+    "nudge_module",
+    "nudge_module_float64",
+    "to_float64",
+    "uses_low_precision",
+]
 
 _TO_DOUBLE = {
     torch.float32: torch.float64,
@@ -26,16 +35,21 @@ _TO_DOUBLE = {
 }
 
 
-class Float64Mode(TorchDispatchMode):
+class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operation in float64, also where a program asks for a lower precision by name.
 
-    `module.double()` does not reach a `x.float()` in a forward, a dtype baked into a graph, a constant that is no
-    buffer, nor `torch.zeros(n)`: each of these would bring float32 rounding into the anchor, or stop it with a
-    mismatch of dtypes. Below the dispatcher all of them are a dtype argument or a tensor, and are replaced here.
+    `module.double()` does not reach a `x.float()` in a forward, a dtype baked into a graph, a constant that
+    is no buffer, nor `torch.zeros(n)`: each of these would bring float32 rounding into the anchor, or stop it
+    with a mismatch of dtypes. Below the dispatcher all of them are a dtype argument or a tensor, and are
+    replaced here.
     """
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = pytree.tree_map(_promote, (args, kwargs or {}))
         return pytree.tree_map(_promote, func(*args, **kwargs))
@@ -78,54 +92,68 @@ def to_float64(inputs: Inputs) -> Inputs:
     return inputs.replace([_promote(leaf) if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()])
 
 
-def nudge(tensor: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """Return `tensor * (1 + d)`, d of random sign with magnitude between eps/2 and eps, in the tensor's dtype.
+_TABLE = 32749
+"""Random numbers drawn for a model: prime, to be out of step with any layout; one thread's work."""
 
-    The magnitude is kept away from zero, so that a result that hangs on one value alone always moves.
+
+class Nudger:
+    """Moves tensors by about one unit in the last place, at random.
+
+    Args:
+        seed: Seed of its own generator.
+        ulps: How many units.
     """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return tensor
-    drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5
-    step = (drawn.sign() * (0.5 + drawn.abs()) * eps).to(tensor.device)
-    return (tensor.to(torch.float64) * (1.0 + step)).to(tensor.dtype)
+
+    def __init__(self, seed: int, ulps: float) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(_TABLE, generator=self._generator, dtype=torch.float64) - 0.5
+        # Magnitudes between a half and one: a result that hangs on one value alone always moves.
+        self._steps = torch.where(drawn < 0, drawn - 0.5, drawn + 0.5) * ulps
+
+    def __call__(self, tensor: Tensor, eps: float | None = None) -> Tensor:
+        """Return `tensor * (1 + d)` in its dtype, d of random sign, magnitude `ulps * eps` to half of it.
+
+        Args:
+            tensor: Any tensor; returned as it is unless real floating point.
+            eps: The unit; None for the distance from 1 to the next number of the tensor's dtype.
+        """
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return tensor
+        unit = torch.finfo(tensor.dtype).eps if eps is None else eps
+        work = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+        moved = tensor.detach().to(work, copy=True).contiguous().view(-1)
+        offset = int(torch.randint(_TABLE, (), generator=self._generator))
+        steps = (self._steps.roll(offset) * unit).to(moved)
+        for chunk in moved.split(_TABLE):  # type: ignore[no-untyped-call]  # a table of random numbers for each weight takes longer than a run
+            chunk.addcmul_(chunk, steps[: len(chunk)])
+        return moved.view(tensor.shape).to(tensor.dtype)
 
 
 def nudge_module(module: nn.Module, ulps: float, seed: int) -> nn.Module:
-    """Move every parameter and float buffer of `module`, in place, by `ulps` units in the last place of its dtype.
-
-    Returns:
-        `module`, which must be a copy of our own.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """Move every parameter and float buffer of `module`, a copy of our own, in place; return it."""
+    nudger = Nudger(seed, ulps)
     with torch.no_grad():
         for tensor in _floats(module):
-            if tensor.is_floating_point():
-                tensor.copy_(nudge(tensor, ulps * torch.finfo(tensor.dtype).eps, generator))
+            tensor.copy_(nudger(tensor))
     return module
 
 
 def nudge_module_float64(module: nn.Module, seed: int) -> nn.Module:
-    """Cast a copy of our own to float64 and move each parameter by half a unit in the last place of its old dtype.
+    """Cast a copy of our own to float64, each parameter moved by half a unit of its old dtype.
 
-    This is what storing the parameters in that dtype may have done to them, without any rounding of arithmetic.
+    This is what storing the parameters in that dtype may have done to them, without any rounding of
+    arithmetic.
     """
-    generator = torch.Generator().manual_seed(seed)
-    dtypes = [tensor.dtype for tensor in _floats(module)]
+    nudger = Nudger(seed, 0.5)
+    units = [torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0 for t in _floats(module)]
     module.double()
     with torch.no_grad():
-        for tensor, dtype in zip(_floats(module), dtypes, strict=True):
-            if tensor.is_floating_point():
-                tensor.copy_(nudge(tensor, 0.5 * torch.finfo(dtype).eps, generator))
+        for tensor, unit in zip(_floats(module), units, strict=True):
+            tensor.copy_(nudger(tensor, unit))
     return module
 
 
 def nudge_inputs(inputs: Inputs, ulps: float, seed: int) -> Inputs:
     """Return the inputs with every float tensor moved by `ulps` units in the last place."""
-    generator = torch.Generator().manual_seed(seed)
-    leaves = [
-        nudge(leaf, ulps * torch.finfo(leaf.dtype).eps, generator)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else leaf
-        for leaf in inputs.leaves()
-    ]
-    return inputs.replace(leaves)
+    nudger = Nudger(seed, ulps)
+    return inputs.replace([nudger(x) if isinstance(x, Tensor) else x for x in inputs.leaves()])

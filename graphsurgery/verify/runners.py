@@ -1,7 +1,7 @@
 """What runs a program: torch in eager mode, onnxruntime.
 
-A runner is anything with a `name` and `run(inputs) -> dict of output tensors`. A runner that can also be a reference
-says how to run the same program in float64 and with its data moved by a unit in the last place.
+A runner is anything with a `name` and `run(inputs) -> dict of output tensors`. A runner that can also be a
+reference says how to run the same program in float64 and with its data moved by a unit in the last place.
 """
 
 from __future__ import annotations
@@ -73,15 +73,16 @@ def runner_for(program: object) -> Runner:
     if isinstance(program, Runner):
         return program
     raise VerificationError(
-        f"cannot run a {type(program).__name__}; expected an nn.Module, a GraphModule or the path of an .onnx file"
+        f"cannot run a {type(program).__name__}; expected an nn.Module or the path of an .onnx file"
     )
 
 
 class TorchRunner:
     """A module in torch's eager mode, in eval semantics, without gradients.
 
-    The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks of the
-    caller stay as they are. The global random state is restored after each run, and every run starts from one seed.
+    The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks
+    of the caller stay as they are. The global random state is restored after each run, and every run starts
+    from one seed.
 
     Args:
         module: The program.
@@ -98,7 +99,7 @@ class TorchRunner:
     def _fresh(self) -> nn.Module:
         try:
             return copy_module(self.module)
-        except Exception as error:  # noqa: BLE001 - deepcopy runs the code of the caller's classes
+        except Exception as error:  # deepcopy runs the code of the caller's classes
             raise VerificationError(
                 f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
             ) from error
@@ -139,7 +140,7 @@ class _Float64Runner(_ModuleRunner):
     """Runs a module that is ours alone with every operation in float64."""
 
     def run(self, inputs: Inputs) -> Outputs:
-        with Float64Mode():
+        with Float64Mode():  # type: ignore[no-untyped-call]
             return _call(self._module, to_float64(inputs))
 
 
@@ -154,8 +155,8 @@ def _call(module: nn.Module, inputs: Inputs) -> Outputs:
 def flatten_outputs(found: Any) -> Outputs:
     """Return the tensors of a nested output by name, in order, on the CPU.
 
-    A lone tensor is called "output"; others by their path ("logits", "0", "features.1"). None is left out, plain
-    numbers become tensors without dimensions.
+    A lone tensor is called "output"; others by their path ("logits", "0", "features.1"). None is left out,
+    plain numbers become tensors without dimensions.
 
     Raises:
         VerificationError: A leaf is neither a tensor nor a number.
@@ -169,8 +170,8 @@ def flatten_outputs(found: Any) -> Outputs:
             leaf = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
         if not isinstance(leaf, Tensor):
             raise VerificationError(
-                f"output {name!r} is a {type(leaf).__name__}; verify compares tensors and numbers in tuples, lists, "
-                "dictionaries and classes that torch.utils._pytree knows"
+                f"output {name!r} is a {type(leaf).__name__}; verify compares tensors and numbers in tuples, "
+                "lists, dictionaries and classes that torch.utils._pytree knows"
             )
         outputs[name] = leaf.detach().to("cpu")
     return outputs
@@ -189,8 +190,8 @@ class OnnxRunner:
     Args:
         path: The file.
         optimised: Whether onnxruntime may rewrite the graph.
-        input_names: Names of the flat tensor inputs, for files that lack some of them (unused inputs are dropped by
-            exporters). Without them inputs are matched by keyword, else by order.
+        input_names: Names of the flat tensor inputs, for files that lack some of them (unused inputs are
+            dropped by exporters). Without them inputs are matched by keyword, else by order.
 
     Raises:
         VerificationError: The file cannot be loaded.

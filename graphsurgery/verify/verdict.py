@@ -19,13 +19,15 @@ class Comparison:
         mean_error: Mean error of the candidate.
         reference_max_error: Greatest error of the reference in its own dtype; None where it was not measured.
         reference_mean_error: Mean error of the reference; None where it was not measured.
-        rounding_ratio: Error of the candidate over that of the reference, root mean square over the cases, each
-            relative to the case's magnitude; None where the reference's was not measured or is zero.
+        rounding_ratio: Error of the candidate over that of the reference, root mean square over the cases,
+            each relative to the case's magnitude; None where the reference's was not measured or is zero.
         factor: How many times the rounding noise the candidate may be off.
         factor_needed: The smallest factor that would pass.
-        resolution: Smallest error that this comparison can see, as a share of a channel's largest value (median).
+        resolution: Smallest error that this comparison can see, as a share of a channel's largest value
+            (median).
         worst_case: Case with the greatest error relative to what is allowed.
-        worst_index: Index of that value in the output of its run, the row of the batch first where cases are rows.
+        worst_index: Index of that value in the output of its run, the row of the batch first where cases are
+            rows.
         worst_expected: Value of the anchor there.
         worst_got: Value of the candidate there.
     """
@@ -116,7 +118,8 @@ class Verdict:
         cases: Names of the cases that were run.
         batch_sizes: Leading sizes of the runs.
         seed: Seed of the battery.
-        notes: What a reader should know besides (NaN outputs, cases that the reference refused, weak comparisons).
+        notes: What a reader should know besides (NaN outputs, cases that the reference refused, weak
+            comparisons).
     """
 
     ok: bool
