@@ -16,7 +16,7 @@ help: ## Show this help
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --editable '.[dev]'
 	touch $@
 
 install: $(STAMP) ## Make .venv and install graphsurgery with all its extras (editable)

@@ -189,7 +189,7 @@ def _check_expression(text: str) -> None:
         if isinstance(node, ast.Name):
             allowed = not node.id.startswith("_")
         elif isinstance(node, ast.Attribute):
-            allowed = node.attr in ATTRIBUTES
+            allowed = node.attr in ATTRIBUTES or OPERATOR.fullmatch(ast.unparse(node)) is not None
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             allowed = NAME.fullmatch(node.value) is not None
         elif isinstance(node, ast.Call):

@@ -68,6 +68,13 @@ def substitute(pattern: bytes, replacement: bytes) -> Edit:
     return edit
 
 
+class Halved(nn.Module):
+    """Cuts an axis in half: its export holds guards on sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : x.shape[1] // 2].reshape(-1) * x.shape[0]
+
+
 class Marker:
     """Unpickling it makes a folder."""
 
@@ -85,6 +92,18 @@ def test_loads_what_torch_saved(saved: Path) -> None:
     found = module(x, scale=scale)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_loads_guards_on_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "halved.pt2"
+    auto = torch.export.Dim.AUTO
+    torch.export.save(
+        torch.export.export(Halved(), (torch.randn(6, 4),), dynamic_shapes=({0: auto, 1: auto},)), path
+    )
+    with zipfile.ZipFile(path) as archive:
+        assert b"sym_max" in archive.read("halved/models/model.json")
+    x = torch.randn(9, 8)
+    assert torch.equal(load_archive(path).module()(x), Halved()(x))
 
 
 @pytest.mark.parametrize(
