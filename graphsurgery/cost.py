@@ -8,7 +8,6 @@ All figures are per sample: a dynamic batch counts as 1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -18,22 +17,38 @@ from torch import fx
 
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, operand_tensors, tensor_meta
 
-_VIEWS = frozenset(
-    "reshape view _unsafe_view flatten unflatten squeeze unsqueeze expand alias detach lift_fresh_copy slice "
-    "select chunk split split_with_sizes unbind getitem dropout clone contiguous".split()
-)
-_MOVEMENT = frozenset(
-    "permute transpose movedim t numpy_T mT cat stack pad constant_pad_nd roll flip index index_select repeat "
-    "gather embedding pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d".split()
-)
+# fmt: off
+_VIEWS = frozenset((
+    "reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "alias",
+    "detach", "lift_fresh_copy", "slice", "select", "chunk", "split", "split_with_sizes", "unbind", "getitem",
+    "dropout", "clone", "contiguous",
+))
+_MOVEMENT = frozenset((
+    "permute", "transpose", "movedim", "t", "numpy_T", "mT", "cat", "stack", "pad", "constant_pad_nd", "roll",
+    "flip", "index", "index_select", "repeat", "gather", "embedding", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "upsample_nearest2d",
+))
+# fmt: on
 _KINDS = {
-    "conv": ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    "conv": (
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    ),
     "linear": ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"),
     "attention": ("scaled_dot_product_attention",),
     "norm": ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
     "embedding": ("embedding",),
     "pool": (
-        *(f"{kind}_pool{rank}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)),
+        *(
+            f"{kind}_pool{rank}d"
+            for kind in ("avg", "max", "adaptive_avg", "adaptive_max")
+            for rank in (1, 2, 3)
+        ),
         *(f"max_pool{rank}d_with_indices" for rank in (2, 3)),
         "mean",
     ),
@@ -79,7 +94,8 @@ class Cost:
 
     def __str__(self) -> str:
         """One line for refusals and tables."""
-        return f"{self.macs:,} MACs, {self.elementwise:,} elementwise, {self.params:,} parameters, {self.nodes} nodes"
+        macs = f"{self.macs:,} MACs, {self.elementwise:,} elementwise"
+        return f"{macs}, {self.params:,} parameters, {self.nodes} nodes"
 
 
 def op_name(node: fx.Node) -> str:
@@ -98,10 +114,10 @@ def kind_of(node: fx.Node) -> str:
 
 
 def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
-    """Cost of one node without the parameters it reads (they may be shared; see `params_read`)."""
+    """Cost of one node without the parameters it reads (they may be shared)."""
     if node.op != "call_function" or not is_tensor(node):
         return Cost()
-    sizes = sizes or Sizes.of(node.graph)
+    sizes = sizes or Sizes(node.graph)
     name = op_name(node)
     out = _numel(node, sizes)
     if name in ("alias", "detach", "getitem", "sym_size"):
@@ -116,33 +132,14 @@ def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
     return Cost(elementwise=_elementwise(node, name, out, sizes), nodes=1)
 
 
-def params_read(nodes: Iterable[fx.Node], constant: Collection[fx.Node]) -> int:
-    """Numbers in the parameters and buffers from which the given nodes compute, each counted once.
-
-    Args:
-        nodes: the nodes that read.
-        constant: the graph's constant nodes (`values.constant_nodes`).
-    """
-    sizes: dict[Any, int] = {}
-    stack = [operand for node in nodes for operand in node.all_input_nodes if operand in constant]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node.op == "get_attr" and is_tensor(node):
-            sizes[node.target] = int(tensor_meta(node).numel())
-        for operand in node.all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                stack.append(operand)
-    return sum(sizes.values())
-
-
 def graph_cost(gm: fx.GraphModule) -> Cost:
     """Cost of a whole graph, per sample; parameters that no node reads are not counted."""
-    sizes = Sizes.of(gm.graph)
+    sizes = Sizes(gm.graph)
     constant = constant_nodes(gm.graph)
     total = Cost()
-    attributes = {n.target: int(tensor_meta(n).numel()) for n in gm.graph.nodes if n.op == "get_attr" and is_tensor(n)}
+    attributes = {
+        n.target: int(tensor_meta(n).numel()) for n in gm.graph.nodes if n.op == "get_attr" and is_tensor(n)
+    }
     for node in gm.graph.nodes:
         if node not in constant:
             total += node_cost(node, sizes)

@@ -7,17 +7,18 @@ factored (a merged `batch * 196` then divides without ambiguity), to the real si
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Iterable
+from functools import lru_cache
+from math import prod
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
 from torch import fx
 
-# Primes far above any real size, so that no product of real sizes divides by one of them.
-_PRIMES = (15485863, 32452843, 49979687, 67867967, 86028121, 104395301, 122949823, 141650939)
+# The first of the primes that stand for symbols: above any real size, so that no product of real sizes is
+# divided by one of them.
+_FIRST_PRIME = 1_000_000_007
 
 
 def symbols_of(size: int | torch.SymInt) -> frozenset[sympy.Symbol]:
@@ -49,64 +50,94 @@ def tensor_meta(node: fx.Node) -> torch.Tensor:
     return val
 
 
-@dataclass(frozen=True)
 class Sizes:
-    """The symbols of one graph and how they are bound to integers.
+    """The symbolic sizes of one graph and how they are bound to integers.
+
+    A size that is a product of symbols and a number is read as such; any other expression (the size behind
+    a strided convolution, `(s - 1) // 2 + 1`) is a symbol of its own, with a prime of its own.
 
     Attributes:
         batch: symbols that lead an input tensor (axis 0); a dynamic batch.
         others: all other symbols, with the size they have in the example.
+        primes: each prime in use and the expression that it stands for.
     """
 
-    batch: tuple[sympy.Symbol, ...]
-    others: tuple[tuple[sympy.Symbol, int], ...]
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> Sizes:
-        """Collect the symbols of a graph from its placeholders' and nodes' shapes."""
-        batch: dict[sympy.Symbol, int] = {}
+    def __init__(self, graph: fx.Graph) -> None:
+        """Collect the symbols of a graph from the shapes of its values."""
+        batch: dict[sympy.Symbol, None] = {}
         others: dict[sympy.Symbol, int] = {}
+        expressions: dict[sympy.Expr, None] = {}
         for node in graph.nodes:
             if not is_tensor(node):
                 continue
             for axis, size in enumerate(tensor_meta(node).shape):
+                if isinstance(size, int):
+                    continue
+                expressions[size.node.expr] = None
                 for symbol in symbols_of(size):
-                    leads = node.op == "placeholder" and axis == 0
-                    hint = _hint(size, symbol)
-                    if leads:
+                    if node.op == "placeholder" and axis == 0:
                         others.pop(symbol, None)
-                        batch.setdefault(symbol, hint)
+                        batch[symbol] = None
                     elif symbol not in batch:
-                        others.setdefault(symbol, hint)
-        return cls(tuple(batch), tuple(others.items()))
-
-    @cached_property
-    def _per_sample(self) -> tuple[tuple[sympy.Symbol, int], ...]:
-        return tuple((s, 1) for s in self.batch) + self.others
-
-    @cached_property
-    def _primes(self) -> tuple[tuple[sympy.Symbol, int], ...]:
-        symbols = self.batch + tuple(s for s, _ in self.others)
-        return tuple(zip(symbols, (_PRIMES * (1 + len(symbols) // len(_PRIMES)))[: len(symbols)], strict=True))
+                        others.setdefault(symbol, _hint(size, symbol))
+        self.batch = tuple(batch)
+        self.others = tuple(others.items())
+        tokens: dict[sympy.Expr, None] = dict.fromkeys((*batch, *others))
+        tokens.update((expr, None) for expr in expressions if _factors(expr) is None)
+        self._prime_of = dict(zip(tokens, _primes(len(tokens)), strict=True))
+        self.primes = {prime: expr for expr, prime in self._prime_of.items()}
 
     def per_sample(self, size: int | torch.SymInt) -> int:
         """A size with every batch symbol taken as 1 and every other at the example's size."""
-        return size if isinstance(size, int) else _substitute(size.node.expr, self._per_sample)
+        return self.at(size, 1)
 
     def prime(self, size: int | torch.SymInt) -> int:
         """A size with every symbol taken as a large prime of its own."""
-        return size if isinstance(size, int) else _substitute(size.node.expr, self._primes)
+        if isinstance(size, int):
+            return size
+        expr = size.node.expr
+        if expr in self._prime_of:
+            return self._prime_of[expr]
+        factors = _factors(expr)
+        if factors is None:
+            raise KeyError(f"size {expr} is not a size of the graph that was read")
+        number, symbols = factors
+        return prod((number, *(self._prime_of[symbol] for symbol in symbols)))
 
     def at(self, size: int | torch.SymInt, batch: int) -> int:
         """A size with every batch symbol taken as `batch` and every other at the example's size."""
-        if isinstance(size, int):
-            return size
-        binding = tuple((s, batch) for s in self.batch) + self.others
-        return _substitute(size.node.expr, binding)
+        return size if isinstance(size, int) else _substitute(size.node.expr, self._binding(batch))
 
-    def symbol_primes(self) -> Mapping[int, sympy.Symbol]:
-        """Which symbol each prime stands for."""
-        return {prime: symbol for symbol, prime in self._primes}
+    def actual(self, size: int, batch: int) -> int:
+        """A size written with primes, at a real batch size; other symbols as in the example."""
+        for prime, expr in self.primes.items():
+            while size % prime == 0:
+                size = size // prime * _substitute(expr, self._binding(batch))
+        return size
+
+    def _binding(self, batch: int) -> tuple[tuple[sympy.Symbol, int], ...]:
+        return (*((symbol, batch) for symbol in self.batch), *self.others)
+
+
+def _primes(count: int) -> list[int]:
+    primes = [_FIRST_PRIME]
+    while len(primes) < count:
+        primes.append(int(sympy.nextprime(primes[-1])))
+    return primes[:count]
+
+
+def _factors(expr: sympy.Expr) -> tuple[int, list[sympy.Symbol]] | None:
+    """A product of symbols and a positive number, or None where the expression is none."""
+    number, symbols = 1, []
+    for factor in sympy.Mul.make_args(expr):
+        base, power = factor.as_base_exp()
+        if factor.is_Integer and factor > 0:
+            number *= int(factor)
+        elif base.is_Symbol and power.is_Integer and power > 0:
+            symbols += [base] * int(power)
+        else:
+            return None
+    return number, symbols
 
 
 def _hint(size: int | torch.SymInt, symbol: sympy.Symbol) -> int:

@@ -22,7 +22,7 @@ from math import gcd, prod
 from typing import NamedTuple
 
 
-class NoFold(Exception):  # noqa: N818 - a finding, not an error: it becomes a refusal
+class NoFold(Exception):
     """A region or a form is not possible; carries the refusal's stable code and reason."""
 
     def __init__(self, code: str, reason: str) -> None:
@@ -40,17 +40,14 @@ class Window(NamedTuple):
     lo: int
     hi: int
     step: int  # distance between taps; 0 for a single tap
+    outside: bool = False  # whether some output positions read outside of the entry
 
     @property
     def taps(self) -> int:
         """Number of taps, holes included."""
         return 1 if self.hi == self.lo else (self.hi - self.lo) // self.step + 1
 
-    def leaves(self, positions: int) -> bool:
-        """Whether some of the output positions read outside of the entry."""
-        return self.lo < 0 or self.s * (positions - 1) + self.hi > self.base - 1
-
-    def then(self, s: int, lo: int, hi: int, step: int) -> Window:
+    def then(self, s: int, lo: int, hi: int, step: int, outside: bool) -> Window:
         """The window of a second window read through this one."""
         return Window(
             self.base,
@@ -58,6 +55,7 @@ class Window(NamedTuple):
             self.s * lo + self.lo,
             self.s * hi + self.hi,
             gcd(self.s * step, self.step),
+            self.outside or outside,
         )
 
 
@@ -171,7 +169,9 @@ class Axes:
             if atom.fresh:
                 continue
             if self.symbolic(atom):
-                raise NoFold("batch-mixed", "it mixes values along an axis of symbolic size, such as the batch")
+                raise NoFold(
+                    "batch-mixed", "it mixes values along an axis of symbolic size, such as the batch"
+                )
             gone.append(atom.digit())
         return replace(self, gone=tuple(gone))
 

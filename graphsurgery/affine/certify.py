@@ -20,14 +20,17 @@ LIMIT = 1e-11
 """Largest relative residual of a right fold. Right ones have 3e-16 in the median and 3e-14 at most."""
 
 _ROUNDING = 2.0**-45  # of the value itself, which a large shift may dominate: 2**7 float64 roundings
+_NEGLIGIBLE = (
+    1e-4  # of the largest channel's variation: a channel of nearly nothing is measured by the others
+)
 _SAMPLES = 8  # least number of positions over which a channel's scale is taken
 
 
 def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed: int = 0) -> float:
-    """Largest deviation of the program from the region, relative to each channel's own scale.
+    """Largest deviation of the program from the region, relative to each channel's own variation.
 
-    Both the values and their differences between samples are compared: the second have no shift, which
-    would hide an error of small coefficients behind a large constant.
+    The unit is how far a channel moves over the sample, not how large it is: a large shift would hide an
+    error of small coefficients. What float64 rounding of the channel's size explains is allowed on top.
 
     Args:
         region: the region.
@@ -44,25 +47,18 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, dtype=torch.float64, generator=generator)
     with torch.no_grad():
-        wanted = _channels(region, region.runner(batch)(x), batch)
-        got = run_program(form.steps, slots, x, lambda n: scope.actual(n, batch))
-        got = _channels(region, got, batch)
-    if not (torch.isfinite(wanted).all() and torch.isfinite(got).all()):
+        wanted, positions = _by_channel(region, region.runner(batch)(x), batch)
+        got, _ = _by_channel(
+            region, run_program(form.steps, slots, x, lambda n: scope.actual(n, batch)), batch
+        )
+        high, low = wanted.amax(positions), wanted.amin(positions)
+        error = (got - wanted).abs_().amax(positions)
+    size = torch.maximum(high.abs(), low.abs())
+    if not (torch.isfinite(size).all() and torch.isfinite(error).all()):
         return float("inf")
-    scale = wanted.abs().amax(0)
-    worst = _relative((got - wanted).abs().amax(0), scale, torch.zeros_like(scale))
-    if wanted.shape[0] > 1:
-        linear, found = wanted.diff(dim=0), got.diff(dim=0)
-        worst = max(worst, _relative((found - linear).abs().amax(0), linear.abs().amax(0), scale))
-    return worst
-
-
-def _relative(error: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> float:
-    """Largest error in units of the channel's scale; a channel of nearly nothing counts by the others."""
-    floor = torch.clamp(scale, min=float(scale.max()) * 1e-4)
-    excess = torch.clamp(error - _ROUNDING * shift, min=0.0)
-    ratio = torch.where(excess > 0, excess / floor.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return float(ratio.max())
+    variation = high - low
+    unit = torch.clamp(variation, min=float(variation.max()) * _NEGLIGIBLE) + size * (_ROUNDING / LIMIT)
+    return float((error / unit.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
 def _batch(region: Region) -> int:
@@ -72,12 +68,13 @@ def _batch(region: Region) -> int:
     return max(2, -(-_SAMPLES // positions))
 
 
-def _channels(region: Region, value: torch.Tensor, batch: int) -> torch.Tensor:
-    """A value of the exit as [positions, channels]."""
+def _by_channel(region: Region, value: torch.Tensor, batch: int) -> tuple[torch.Tensor, list[int]]:
+    """A value of the exit with a dimension for each atom, and which of them are positions."""
     roles = Roles(region.axes, len(region.scope.shape(region.entry)))
     labels = [a for dim in roles.exit for a in dim]
-    sizes = {a: region.scope.actual(roles.exit_sizes[a], batch) for a in labels}
-    positions = [*roles.shared, *roles.windowed]
-    order = [*positions, *roles.varied, *roles.fresh]
-    value = value.reshape([sizes[a] for a in labels]).permute([labels.index(a) for a in order])
-    return value.reshape(prod(sizes[a] for a in positions), -1)
+    value = value.reshape([region.scope.actual(roles.exit_sizes[a], batch) for a in labels])
+    along = {*roles.shared, *roles.windowed}
+    positions = [i for i, a in enumerate(labels) if a in along]
+    if not positions:  # no batch at all: one sample, every element a channel
+        return value.unsqueeze(0), [0]
+    return value, positions

@@ -31,23 +31,27 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     before, after = region.nodes[:index], region.nodes[index + 1 :]
     if channel is None or not all(_along(region, node, channel) for node in (*before, *after)):
         return None
-    if form.axes is not region.axes or any(type(step).__name__ in ("Reshape", "Permute", "Pad") for step in form.steps):
+    if form.axes is not region.axes or any(
+        type(step).__name__ in ("Reshape", "Permute", "Pad") for step in form.steps
+    ):
         return None
     if "shift" in form.slots or (before and "bias" in form.slots and _reads_outside(form)):
         return None
     weight = region.scope.constant_value(layer.args[1])  # type: ignore[arg-type]  # a node, as in _channel_axis
     if len(form.slots["weight"]) != weight.dim():
         return None
-    a, b = _diagonal(region, before, layer.all_input_nodes[0], channel, _inputs(layer, weight))
-    c, d = _diagonal(region, after, layer, channel, weight.shape[0])
-    scaled = weight * _columns(layer, weight, a) * c.reshape(-1, *[1] * (weight.dim() - 1))
-    if scaled.shape != torch.Size(form.slots["weight"]):
+    bias = _bias(region, layer, weight.shape[0])
+    if before:
+        a, b = _diagonal(region, before, layer.all_input_nodes[0], channel, _inputs(layer, weight))
+        bias = bias + (weight * _columns(weight, b)).flatten(1).sum(1)
+        weight = weight * _columns(weight, a)
+    if after:
+        c, d = _diagonal(region, after, layer, channel, weight.shape[0])
+        bias = c * bias + d
+        weight = weight * c.reshape(-1, *[1] * (weight.dim() - 1))
+    if weight.shape != torch.Size(form.slots["weight"]):
         return None
-    slots = {"weight": scaled}
-    if "bias" in form.slots:
-        bias = (weight * _columns(layer, weight, b)).flatten(1).sum(1) + _bias(region, layer, weight.shape[0])
-        slots["bias"] = c * bias + d
-    return slots
+    return {"weight": weight, "bias": bias} if "bias" in form.slots else {"weight": weight}
 
 
 def _channel_axis(layer: fx.Node) -> int | None:
@@ -78,7 +82,7 @@ def _along(region: Region, node: fx.Node, channel: int) -> bool:
 
 
 def _reads_outside(form: Form) -> bool:
-    return any(atom.window is not None and atom.window.leaves(atom.size) for atom in form.axes.atoms())
+    return any(atom.window is not None and atom.window.outside for atom in form.axes.atoms())
 
 
 def _inputs(layer: fx.Node, weight: torch.Tensor) -> int:
@@ -86,12 +90,14 @@ def _inputs(layer: fx.Node, weight: torch.Tensor) -> int:
     return weight.shape[1] * groups
 
 
-def _columns(layer: fx.Node, weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _columns(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """A number for each input channel, in a shape that broadcasts over the weight (grouped: by rows)."""
     per_group = weight.shape[1]
     groups = values.numel() // per_group
-    rows = values.reshape(groups, per_group).repeat_interleave(weight.shape[0] // groups, 0)
-    return rows.reshape(weight.shape[0], per_group, *[1] * (weight.dim() - 2))
+    rows = values.reshape(groups, per_group)
+    if groups > 1:
+        rows = rows.repeat_interleave(weight.shape[0] // groups, 0)
+    return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
 
 
 def _bias(region: Region, layer: fx.Node, size: int) -> torch.Tensor:
@@ -105,8 +111,6 @@ def _diagonal(
     region: Region, nodes: tuple[fx.Node, ...], source: fx.Node, channel: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift of a stretch of calls, one number for each channel."""
-    if not nodes:
-        return torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     shape = [1] * len(tensor_meta(source).shape)
     shape[channel] = size
     with torch.no_grad():

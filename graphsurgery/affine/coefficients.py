@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 import torch
 
-from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.closed import closed_form
-from graphsurgery.affine.forms import Form, Roles
+from graphsurgery.affine.forms import Form, Roles, interior
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
 
@@ -48,8 +48,6 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
         form: one of its forms.
         budget: bytes that a chunk of probes may take.
 
-    Raises:
-        NoFold: no output position's window lies inside of the entry.
     """
     closed = closed_form(region, form)
     if closed is not None:
@@ -83,9 +81,9 @@ def _shift(region: Region, roles: Roles, form: Form) -> dict[str, torch.Tensor]:
     position = {label: i for i, label in enumerate(sizes)}
     name = "bias" if "bias" in form.slots else "shift"
     target = [a for dim in form.out for a in dim]
-    keep = {a for dim, n in zip(form.out, form.slots[name], strict=True) if n != 1 for a in dim} if name == "shift" else {
-        *roles.varied, *roles.fresh
-    }  # fmt: skip
+    keep = {*roles.varied, *roles.fresh}
+    if name == "shift":
+        keep = {a for dim, n in zip(form.out, form.slots[name], strict=True) if n != 1 for a in dim}
     for label in target:
         if label not in keep:  # uniform along this label: any coordinate will do
             value = value.narrow(position[label], 0, 1)
@@ -183,7 +181,9 @@ class _Probe:
         y = run(x)
         seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
         (grad,) = torch.autograd.grad(y, x, seeds)
-        flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)[torch.arange(n)]
+        flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)[
+            torch.arange(n)
+        ]
         for axis, (w, p) in enumerate(zip(self.windows, at, strict=True)):
             taps = torch.arange(w.taps) * max(w.step, 1) + w.s * p + w.lo
             flat = flat.index_select(3 + axis, taps)
@@ -193,18 +193,11 @@ class _Probe:
         """Entry shape, an output position with its window inside, and the label sizes at that shape.
 
         Where nothing bakes the sizes in, the entry is only as large as that one window needs.
-
-        Raises:
-            NoFold: the sizes are baked in and every window leaves the entry.
         """
         roles, scope = self.roles, self.region.scope
         entry_sizes, exit_sizes = dict(roles.entry_sizes), dict(roles.exit_sizes)
-        at = tuple(max(0, ceil(-w.lo / w.s)) for w in self.windows)
-        if roles.axes.pinned or not self.windows:
-            for label, p, w in zip(roles.windowed, at, self.windows, strict=True):
-                if p >= roles.exit_sizes[label] or w.s * p + w.hi > w.base - 1:
-                    raise NoFold("border", "no window lies inside of the entry, whose size is fixed")
-        else:
+        at = tuple(interior(w) for w in self.windows)
+        if not roles.axes.pinned:
             for label, p, w in zip(roles.windowed, at, self.windows, strict=True):
                 entry_sizes[label] = w.s * p + w.hi + 1
         shape = [prod(scope.actual(entry_sizes[a], batch) for a in dim) for dim in roles.entry]
@@ -233,7 +226,8 @@ class _Probe:
         size = [prod(real[a] for a in group) for group in (roles.shared, roles.varied, hot)]
         value = torch.zeros([*size, *(real[a] for a in roles.windowed)], dtype=torch.float64)
         q = torch.arange(count)
-        value[(q, slice(None), start + q, *at)] = 1.0
+        where: tuple[Any, ...] = (q, slice(None), start + q, *at)
+        value[where] = 1.0
         value = value.reshape([real[a] for a in order])
         labels = [a for dim in layout for a in dim]
         value = value.permute([order.index(a) for a in labels])
@@ -255,5 +249,3 @@ class _Probe:
         roles = self.roles
         size = [prod(real[a] for a in group) for group in (roles.shared, roles.varied, hot)]
         return value.reshape([*size, *(real[a] for a in roles.windowed)])
-
-

@@ -1,4 +1,4 @@
-"""Write a filled form into a graph in place of its region. The only room of the engine that changes a graph."""
+"""Write a filled form into a graph in place of its region: the one room that changes a graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphsurgery.affine.coefficients import Coefficients
 from graphsurgery.affine.program import Conv, Linear, Pad, Permute, Reshape, Scale, Shift, Step
 from graphsurgery.affine.region import Region, is_heavy
 from graphsurgery.cost import op_name
-from graphsurgery.graph import annotate, delete_unused_attrs, fresh_module_path, get_attr_value, module_path, set_attr
+from graphsurgery.graph import annotate, fresh_module_path, get_attr_value, module_path, set_attr
 from graphsurgery.values import tensor_meta
 
 aten = torch.ops.aten
@@ -50,7 +50,8 @@ def resembled(region: Region, kind: str) -> fx.Node:
 def emit(region: Region, filled: Coefficients) -> Emitted:
     """Replace a region by its form, under the name of the member it resembles most.
 
-    The region's graph is changed; its own calls are erased, constants that only they read are deleted.
+    The region's graph is changed: its calls, and the reads of constants that only they make, are erased.
+    The constants themselves stay; the caller deletes what nothing reads when all is written.
 
     Args:
         region: the region, of a graph that may be changed.
@@ -64,8 +65,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
     attributes: dict[str, fx.Node] = {}
     written: list[str] = []
     trainable = any(get_attr_value(gm, str(n.target)).requires_grad for n in dying if n.op == "get_attr")
-    with graph.inserting_after(region.exit):
-        last: fx.Node = region.exit
+    last: fx.Node = region.exit
     for slot, value in filled.slots.items():
         target = f"{path}.{slot}"
         stored = value.to(dtype=dtype, device=device).contiguous().requires_grad_(trainable)
@@ -76,22 +76,22 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
         written.append(target)
     nodes: list[fx.Node] = []
     value_node = region.entry
-    for step in filled.form.steps:
+    for index, step in enumerate(filled.form.steps):
         target_op, args = _call(step, value_node, attributes, region)
         with graph.inserting_after(last):
             last = value_node = graph.call_function(target_op, args)
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in member.meta:
                 value_node.meta[key] = member.meta[key]
-        annotate(gm, value_node)
+        if index + 1 < len(filled.form.steps):
+            annotate(gm, value_node)
+        else:
+            value_node.meta["val"] = region.exit.meta["val"]
         nodes.append(value_node)
-    if nodes:
-        value_node.meta["val"] = region.exit.meta["val"]
     region.exit.replace_all_uses_with(value_node)
     for node in (*reversed(region.nodes), *dying):
         if not node.users:
             graph.erase_node(node)
-    delete_unused_attrs(gm)
     return Emitted(tuple(nodes), tuple(written))
 
 
@@ -129,7 +129,9 @@ def _path(gm: fx.GraphModule, member: fx.Node, dying: Collection[fx.Node]) -> st
     return fresh_module_path(gm, wanted)
 
 
-def _call(step: Step, x: fx.Node, attributes: dict[str, fx.Node], region: Region) -> tuple[Any, tuple[Any, ...]]:
+def _call(
+    step: Step, x: fx.Node, attributes: dict[str, fx.Node], region: Region
+) -> tuple[Any, tuple[Any, ...]]:
     match step:
         case Reshape(out):
             return aten.reshape.default, (x, [-1 if _symbolic(n, region) else n for n in out])

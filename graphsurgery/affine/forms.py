@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from math import prod
+from math import ceil, prod
 
 from graphsurgery.affine.atoms import Atom, Axes, NoFold, Window
 from graphsurgery.affine.program import Conv, Layout, Linear, Pad, Scale, Shape, Shift, Step, moves
@@ -27,7 +27,7 @@ class Form:
         steps: its program.
         slots: shapes of the tensors that the program reads.
         out: layout of the layer's value, in the labels of `Roles`.
-        spatial: for convolutions, which window of `Roles.windowed` each kernel axis is; None for a carried axis.
+        spatial: for convolutions, which window of `Roles.windowed` each kernel axis is; None where carried.
     """
 
     kind: str
@@ -234,7 +234,9 @@ def _positions(roles: Roles) -> tuple[int, ...]:
     return tuple(label for label in roles.shared + roles.windowed if roles.atoms[label].uneven)
 
 
-def _finish(roles: Roles, kind: str, into: Layout, out: Layout, layer: tuple[Linear | Conv, dict[str, Shape]]) -> Form:
+def _finish(
+    roles: Roles, kind: str, into: Layout, out: Layout, layer: tuple[Linear | Conv, dict[str, Shape]]
+) -> Form:
     """Moves to the layer, the layer, a map of shifts where needed, and moves from it."""
     step, slots = layer
     steps: list[Step] = [*moves(roles.entry, into, roles.entry_sizes), step]
@@ -266,7 +268,11 @@ def _grouped(roles: Roles) -> list[Form]:
         channels = roles.varied + roles.gone
         into: Layout = (tuple(batch), channels, *positions)
         out: Layout = (tuple(batch), roles.varied + roles.fresh, *positions)
-        pad, conv, slots, which = _conv(roles, into, out)
+        try:
+            pad, conv, slots, which = _conv(roles, into, out)
+        except NoFold as refusal:
+            reason = refusal
+            continue
         form = _finish(roles, f"conv{len(positions)}d", into, out, (conv, slots))
         steps = form.steps
         if pad is not None:
@@ -278,7 +284,9 @@ def _grouped(roles: Roles) -> list[Form]:
     return forms
 
 
-def _conv(roles: Roles, into: Layout, out: Layout) -> tuple[Pad | None, Conv, dict[str, Shape], tuple[int | None, ...]]:
+def _conv(
+    roles: Roles, into: Layout, out: Layout
+) -> tuple[Pad | None, Conv, dict[str, Shape], tuple[int | None, ...]]:
     options: list[tuple[int, int, int, int]] = []  # kernel, stride, padding, dilation
     explicit: list[tuple[int, int]] = []
     which: list[int | None] = []
@@ -291,10 +299,15 @@ def _conv(roles: Roles, into: Layout, out: Layout) -> tuple[Pad | None, Conv, di
             which.append(None)
             continue
         w, size = atom.window, atom.size
+        if roles.axes.pinned and not inside(w, size):
+            raise NoFold(
+                "border", "every window leaves the entry, whose size is fixed by a view or a constant"
+            )
         low, high = -w.lo, w.s * (size - 1) + w.hi - (w.base - 1)
         options.append((w.taps, w.s, low, max(w.step, 1)))
         explicit.append((low, high if high > 0 or _count(w.base + low, w) != size else 0))
-        symmetric &= low >= 0 and _count(w.base + 2 * low, w) == size
+        if not roles.symbolic(dim):  # over symbolic sizes only symmetric windows are made, so they agree
+            symmetric &= low >= 0 and _count(w.base + 2 * low, w) == size
         which.append(roles.windowed.index(dim[0]))
     kernel, stride, padding, dilation = (tuple(column) for column in zip(*options, strict=True))
     shape_in = [prod(roles.entry_sizes[a] for a in dim) for dim in into]
@@ -311,6 +324,16 @@ def _conv(roles: Roles, into: Layout, out: Layout) -> tuple[Pad | None, Conv, di
         slots["bias"] = (channels,)
     shape = tuple(roles.sizes(dim) for dim in out)
     return pad, Conv(bias, kernel, stride, padding, dilation, groups, features, shape), slots, tuple(which)
+
+
+def interior(w: Window) -> int:
+    """The first output position whose window does not reach before the entry."""
+    return max(0, ceil(-w.lo / w.s))
+
+
+def inside(w: Window, positions: int) -> bool:
+    """Whether some output position's window lies inside of the entry."""
+    return interior(w) < positions and w.s * interior(w) + w.hi <= w.base - 1
 
 
 def _count(padded: int, w: Window) -> int:

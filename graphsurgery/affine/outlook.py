@@ -1,4 +1,4 @@
-"""Why what is left is left: norms and scales with no layer to fold into, values read twice, parallel branches."""
+"""Why what is left is left: norms with no layer to fold into, values read twice, parallel branches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _norm(scope: Scope, node: fx.Node) -> Iterator[Declined]:
 
 
 def _towards_entry(scope: Scope, node: fx.Node, live: fx.Node) -> tuple[fx.Node, bool]:
-    """The nearest layer or non-affine call before a call, and whether a value on the way is read elsewhere."""
+    """The nearest layer or other call before a call, and whether a value on the way is read elsewhere."""
     shared = False
     while True:
         shared |= len(live.users) > 1
@@ -124,4 +124,7 @@ def _called(node: fx.Node) -> str:
 
 def _others(node: fx.Node, reader: fx.Node) -> str:
     others = [user for user in node.users if user is not reader]
-    return ", ".join(_called(user) if user.op != "output" else "the output" for user in others[:3]) or "another call"
+    return (
+        ", ".join(_called(user) if user.op != "output" else "the output" for user in others[:3])
+        or "another call"
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -179,7 +180,7 @@ def _blocks(source: Layout, target: Layout) -> list[tuple[int, ...]]:
     """Longest runs of labels that stay together, in source order; no run crosses a dimension."""
     follows: dict[int, int] = {}
     for dim in target:
-        follows.update(zip(dim, dim[1:], strict=False))
+        follows.update(pairwise(dim))
     blocks: list[tuple[int, ...]] = []
     for dim in source:
         run_: list[int] = []

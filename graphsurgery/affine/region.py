@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.atoms import Axes
-from graphsurgery.cost import Cost, node_cost, op_name, params_read
+from graphsurgery.cost import Cost, node_cost, op_name
 from graphsurgery.graph import get_attr_value
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 
@@ -33,9 +33,10 @@ class Scope:
     def __init__(self, gm: fx.GraphModule) -> None:
         """Read symbols and constants off a graph."""
         self.gm = gm
-        self.sizes = Sizes.of(gm.graph)
+        self.sizes = Sizes(gm.graph)
         self.constant = constant_nodes(gm.graph)
-        self.primes = tuple(self.sizes.symbol_primes())
+        self.primes = tuple(self.sizes.primes)
+        self._readers = self._read_by()
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """A node's shape, symbols as primes."""
@@ -43,11 +44,43 @@ class Scope:
 
     def actual(self, size: int, batch: int) -> int:
         """A size written with primes, at a real batch size; other symbols as in the example."""
-        for prime, symbol in self.sizes.symbol_primes().items():
-            value = batch if symbol in self.sizes.batch else dict(self.sizes.others)[symbol]
-            while size % prime == 0:
-                size = size // prime * value
-        return size
+        return self.sizes.actual(size, batch)
+
+    def _read_by(self) -> dict[int, set[fx.Node]]:
+        """For each parameter or buffer, by identity, the calls that compute from it."""
+        reads: dict[fx.Node, set[int]] = {}
+        readers: dict[int, set[fx.Node]] = {}
+        for node in self.gm.graph.nodes:
+            if node.op == "get_attr" and is_tensor(node):
+                reads[node] = {id(get_attr_value(self.gm, str(node.target)))}
+                continue
+            through = set().union(*(reads.get(operand, set()) for operand in node.all_input_nodes))
+            if node in self.constant:
+                reads[node] = through
+            else:
+                for tensor in through:
+                    readers.setdefault(tensor, set()).add(node)
+        return readers
+
+    def params(self, nodes: Sequence[fx.Node]) -> tuple[int, bool]:
+        """Numbers in the tensors that only the given calls read, and whether they read others too."""
+        inside = set(nodes)
+        stack = [operand for node in nodes for operand in node.all_input_nodes if operand in self.constant]
+        seen, tensors, total, shared = set(stack), set(), 0, False
+        while stack:
+            node = stack.pop()
+            if node.op == "get_attr" and is_tensor(node):
+                tensor = get_attr_value(self.gm, str(node.target))
+                if id(tensor) not in tensors:
+                    tensors.add(id(tensor))
+                    own = self._readers.get(id(tensor), set()) <= inside
+                    total += tensor.numel() if own else 0
+                    shared |= not own
+            for operand in node.all_input_nodes:
+                if operand not in seen:
+                    seen.add(operand)
+                    stack.append(operand)
+        return total, shared
 
     def constant_value(self, node: fx.Node) -> torch.Tensor:
         """The float64 value of a constant node, computed from its leaves (integers stay integers)."""
@@ -108,11 +141,13 @@ class Region:
         return tuple(node for node in self.nodes if is_heavy(node))
 
     def cost(self) -> Cost:
-        """What the region costs now, per sample."""
+        """What the region costs now, per sample; of the parameters those that only it reads."""
         total = sum((node_cost(node, self.scope.sizes) for node in self.nodes), Cost())
-        return total + Cost(params=params_read(self.nodes, self.scope.constant))
+        return total + Cost(params=self.scope.params(self.nodes)[0])
 
-    def runner(self, batch: int, nodes: Sequence[fx.Node] | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    def runner(
+        self, batch: int, nodes: Sequence[fx.Node] | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The region as a function of its entry, in float64, with views at the given batch size.
 
         Args:
@@ -120,8 +155,9 @@ class Region:
             nodes: a contiguous stretch of the region's calls to run instead of all.
         """
         chain = tuple(nodes) if nodes is not None else self.nodes
-        inside = set(chain)
-        constants = self.scope._constants(o for n in chain for o in n.all_input_nodes if o in self.scope.constant)
+        constants = self.scope._constants(
+            o for n in chain for o in n.all_input_nodes if o in self.scope.constant
+        )
         entry = next(o for o in chain[0].all_input_nodes if o not in constants and is_tensor(o))
 
         def run(x: torch.Tensor) -> torch.Tensor:
@@ -137,6 +173,8 @@ class Region:
             for node in chain:
                 if op_name(node) in _CASTS:
                     values[node] = operand(node.all_input_nodes[0])
+                elif op_name(node) == "batch_norm" and x.requires_grad:
+                    values[node] = _batch_norm(node, operand)
                 else:
                     values[node] = _call(node, operand)
             result = values[chain[-1]]
@@ -144,7 +182,6 @@ class Region:
                 raise TypeError(f"region exit {chain[-1].name!r} is not a tensor")
             return result
 
-        del inside
         return run
 
 
@@ -161,6 +198,22 @@ def _call(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         kwargs["dtype"] = torch.float64
     return _wide(node.target(*args, **kwargs))  # type: ignore[operator]
+
+
+def _batch_norm(node: fx.Node, operand: Callable[[fx.Node], Any]) -> torch.Tensor:
+    """Batch norm with running statistics, spelled out.
+
+    The adjoint needs it: torch 2.14's own backward of it on CPU reads a gradient that is not contiguous, and
+    has dimensions of size one, at the wrong places.
+    """
+    args: Any = fx.node.map_arg(node.args, operand)
+    x, weight, bias, mean, variance, _, _, eps = args[:8]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    scale = torch.rsqrt(variance + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    result: torch.Tensor = x * scale.reshape(shape) + shift.reshape(shape)
+    return result
 
 
 def _wide(value: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.rules import Step, normal, pinned, rule
+from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 
 
@@ -35,9 +36,9 @@ def cast(step: Step) -> Axes:
 
 @rule("reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
 def view(step: Step) -> Axes:
-    """A view in another shape: atoms are split and regrouped. A view of the same shape is the identity."""
+    """A view in another shape: atoms are split and regrouped. The sizes it names hold for this size only."""
     shape = step.shape()
-    if shape == step.axes.shape:
+    if shape == step.axes.shape and op_name(step.node) in ("flatten", "squeeze"):
         return step.axes
     return pinned(step.axes.reshape(shape))
 

@@ -21,21 +21,24 @@ def conv(step: Step) -> Axes:
         raise NoFold("unsupported", "a convolution without a batch dimension is not followed")
     stride = ints(step.argument(3, "stride"), rank, 1)
     dilation = ints(step.argument(5, "dilation"), rank, 1)
-    low = _leading_pads(step.argument(4, "padding", 0), kernel, dilation)
+    pads = _pads(step.argument(4, "padding", 0), kernel, dilation)
     axes = step.axes
     for i in range(rank):
-        reads = (stride[i], -low[i], dilation[i] * (kernel[i] - 1) - low[i], dilation[i])
-        axes = window(axes, 2 + i, step.shape()[2 + i], reads)
+        low = pads[i][0]
+        reads = (stride[i], -low, dilation[i] * (kernel[i] - 1) - low, dilation[i])
+        axes = window(axes, 2 + i, step.shape()[2 + i], reads, pads[i])
     axes = _channels(axes, int(step.argument(6, "groups", 1)), shape[0])
     return replace(axes, shifted=axes.shifted or step.argument(2, "bias") is not None, scaled=True)
 
 
-def _leading_pads(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+def _pads(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Zeros before and after each axis."""
     if padding == "valid":
-        return (0,) * len(kernel)
+        return [(0, 0)] * len(kernel)
     if padding == "same":  # the smaller half in front
-        return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-    return ints(padding, len(kernel), 0)
+        spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(span // 2, span - span // 2) for span in spans]
+    return [(n, n) for n in ints(padding, len(kernel), 0)]
 
 
 def _channels(axes: Axes, groups: int, out: int) -> Axes:
@@ -72,32 +75,55 @@ def _leading(dim: tuple[Atom, ...], groups: int) -> tuple[tuple[Atom, ...] | Non
     return tuple(lead), tuple(queue)
 
 
-def window(axes: Axes, index: int, out: int, reads: tuple[int, int, int, int]) -> Axes:
-    """One dimension read through a window `(stride, lo, hi, step)`; positions outside read zero.
+def window(axes: Axes, index: int, out: int, reads: tuple[int, int, int, int], pads: tuple[int, int]) -> Axes:
+    """One dimension read through a window; positions outside read zero.
 
     A windowed dimension read through another window composes, unless padding between them invents
     positions that would read from the entry: then the axis is mixed.
+
+    Args:
+        axes: the axes so far.
+        index: the dimension.
+        out: its number of positions afterwards.
+        reads: `(stride, lo, hi, step)`: position p reads `stride * p + lo ... stride * p + hi` every `step`.
+        pads: zeros that the op puts before and after this dimension.
+
+    Raises:
+        NoFold: an axis of symbolic size would have to be mixed.
     """
     s, lo, hi, step = reads
-    if (s, lo, hi) == (1, 0, 0):
+    padded = pads != (0, 0)
+    if (s, lo, hi) == (1, 0, 0) and not padded:
         return axes
     dim = axes.dims[index]
     if not dim:  # a single position: features of a constant length
         return axes.with_dim(index, fresh(out))
     if len(dim) > 1 or dim[0].fresh or (dim[0].carried and dim[0].varied):
-        return axes.mix(index, out, ("structure", "a window runs over an axis that an earlier layer has mixed or scaled"))
+        return axes.mix(
+            index, out, ("structure", "a window runs over an axis that is already mixed or scaled")
+        )
     atom = dim[0]
-    through = Window(atom.size, s, lo, hi, step if hi != lo else 0)
-    leaves = through.leaves(out)
-    if atom.window is not None:
-        inner = atom.window
+    symbolic = axes.symbolic(atom)
+    # Sizes that are symbols cannot be compared: with padding, reading outside is taken for granted.
+    outside = padded and (symbolic or lo < 0 or s * (out - 1) + hi > atom.size - 1)
+    if symbolic and pads[0] != pads[1]:
+        raise NoFold("dynamic-shape", "padding that is not symmetric runs over an axis of symbolic size")
+    step = step if hi != lo else 0
+    inner = atom.window
+    if inner is None:
+        through = Window(atom.size, s, lo, hi, step, outside)
+    else:
         low = lo < 0 and inner.hi - inner.s >= 0
-        high = s * (out - 1) + hi > atom.size - 1 and inner.s * atom.size + inner.lo < inner.base
+        high = outside and (
+            symbolic or (s * (out - 1) + hi > atom.size - 1 and inner.s * atom.size + inner.lo < inner.base)
+        )
         if low or high:
             # The zeros that this op pads with are not what the layer before would compute there.
-            return axes.mix(index, out, ("border", "the zeros padded between two windows are not what the first would give there"))
-        through = inner.then(*through[1:])
-    uneven = atom.uneven or (axes.shifted and leaves)
+            return axes.mix(
+                index, out, ("border", "the zeros padded between two windows are not what the first gives")
+            )
+        through = inner.then(s, lo, hi, step, outside)
+    uneven = atom.uneven or (axes.shifted and outside)
     return axes.with_dim(index, (Atom(out, atom.axis, atom.stride, False, uneven, through),))
 
 
@@ -114,11 +140,17 @@ def avg_pool(step: Step) -> Axes:
     axes, shape = replace(step.axes, scaled=True), step.shape()
     for i in range(rank):
         size, out = step.axes.shape[2 + i], shape[2 + i]
+        symbolic = any(step.axes.symbolic(atom) for atom in step.axes.dims[2 + i])
         clipped = stride[i] * (out - 1) + kernel[i] > size + 2 * padding[i]
+        if symbolic:  # sizes cannot be compared; only rounding up can clip
+            clipped = bool(step.argument(4, "ceil_mode", False))
         if clipped or (padding[i] and not counted):
-            axes = axes.mix(2 + i, out, ("clipped-pool", "windows of the pool at the border have other divisors"))
+            axes = axes.mix(
+                2 + i, out, ("clipped-pool", "windows of the pool at the border have other divisors")
+            )
         else:
-            axes = window(axes, 2 + i, out, (stride[i], -padding[i], kernel[i] - 1 - padding[i], 1))
+            reads = (stride[i], -padding[i], kernel[i] - 1 - padding[i], 1)
+            axes = window(axes, 2 + i, out, reads, (padding[i], padding[i]))
     return axes
 
 
@@ -132,9 +164,11 @@ def adaptive_avg_pool(step: Step) -> Axes:
             axes = axes.consume(axes.dims[index]).with_dim(index, ())
         elif size % out == 0:
             kernel = size // out
-            axes = pinned(window(axes, index, out, (kernel, 0, kernel - 1, 1)))
+            axes = pinned(window(axes, index, out, (kernel, 0, kernel - 1, 1), (0, 0)))
         else:
-            axes = axes.mix(index, out, ("uneven-pool", f"{size} positions do not divide into {out} equal windows"))
+            axes = axes.mix(
+                index, out, ("uneven-pool", f"{size} positions do not divide into {out} equal windows")
+            )
     return axes
 
 

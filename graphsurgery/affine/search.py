@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -16,7 +17,7 @@ from graphsurgery.affine import rules, rules_linear, rules_movement, rules_posit
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.choice import Option, Score, objection, options, score
 from graphsurgery.affine.region import Region, Scope, is_heavy
-from graphsurgery.cost import Cost
+from graphsurgery.cost import Cost, op_name
 
 _RULE_ROOMS = (rules_linear, rules_movement, rules_position)  # imported for what they register
 
@@ -129,7 +130,9 @@ class ChainSearch:
             for fold in self._worthwhile(start):
                 table.setdefault(start + len(fold.region.nodes), []).append((start, fold))
         for stop in range(1, self.size + 1):
-            choices: list[tuple[Score, int, Fold | None]] = [(_plus(best[stop - 1][0], alone[stop - 1]), stop - 1, None)]
+            choices: list[tuple[Score, int, Fold | None]] = [
+                (_plus(best[stop - 1][0], alone[stop - 1]), stop - 1, None)
+            ]
             choices += [(_plus(best[i][0], score(f.option.cost)), i, f) for i, f in table.get(stop, [])]
             best.append(min(choices, key=lambda choice: choice[0]))
         found: list[Fold] = []
@@ -161,7 +164,7 @@ class ChainSearch:
     def declined(self) -> Iterator[Declined]:
         """Why neighbouring layers of a chain stay apart, pair by pair."""
         marks = [i for i, node in enumerate(self.chain.nodes) if is_layer(node)]
-        for first, second in zip(marks, marks[1:], strict=False):
+        for first, second in pairwise(marks):
             nodes = (self.chain.nodes[first], self.chain.nodes[second])
             try:
                 region = self.region(first, second + 1, self.axes(first, second + 1))
@@ -169,15 +172,25 @@ class ChainSearch:
                 option = options(region)[0]
                 reason = objection(before, option, self.growth)
                 if reason is not None:
-                    code, cause = region.axes.causes[-1] if region.axes.causes else ("costs-more", "")
-                    yield Declined(nodes, code, f"{cause}; {reason}" if cause else reason, before, option.cost)
+                    code, cause = self._cause(region)
+                    yield Declined(
+                        nodes, code, f"{cause}; {reason}" if cause else reason, before, option.cost
+                    )
             except NoFold as refusal:
                 yield Declined(nodes, refusal.code, refusal.reason)
+
+    def _cause(self, region: Region) -> tuple[str, str]:
+        """What lies behind a form that does not pay."""
+        if region.axes.causes:
+            return region.axes.causes[-1]
+        if self.scope.params(region.nodes)[1]:
+            return "shared-weights", "some of the weights are read by other calls too and would stay"
+        return "costs-more", ""
 
 
 def is_layer(node: fx.Node) -> bool:
     """Whether a call is a layer of its own: it multiplies by weights, normalises, scales or pools."""
-    name = rules.op_name(node)
+    name = op_name(node)
     return is_heavy(node) or name in ("batch_norm", "mul", "div", "add", "sub", "rsub") or "pool" in name
 
 

@@ -27,7 +27,7 @@ from graphsurgery.affine.outlook import outlook
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.search import ChainSearch, Declined, Fold, chains
 from graphsurgery.cost import op_name
-from graphsurgery.graph import copy_graph_module
+from graphsurgery.graph import copy_graph_module, delete_unused_attrs
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 from graphsurgery.values import tensor_meta
 
@@ -46,7 +46,9 @@ class FoldAffine(Pass):
     memory_budget: int = DEFAULT_BUDGET
 
     name: ClassVar[str] = "fold-affine"
-    summary: ClassVar[str] = "fold linear chains (conv, Linear, norm, scale, shift, pool, view) into one layer"
+    summary: ClassVar[str] = (
+        "fold linear chains (conv, Linear, norm, scale, shift, pool, view) into one layer"
+    )
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Fold what pays in a copy of `gm`; say why the rest stays."""
@@ -60,6 +62,7 @@ class FoldAffine(Pass):
                 outcome = self._fold(fold)
                 (changes if isinstance(outcome, Change) else refusals).append(outcome)  # type: ignore[arg-type]
         if changes:
+            delete_unused_attrs(work)
             work.graph.lint()
             work.recompile()
         left = Scope(work)
@@ -90,10 +93,15 @@ class FoldAffine(Pass):
     def _check(self, fold: Fold, filled: Coefficients, deviation: float) -> None:
         dtype = tensor_meta(fold.region.exit).dtype
         for slot, value in filled.slots.items():
-            if not torch.isfinite(value).all():
-                raise NoFold("not-finite", f"the folded {slot} holds NaN or infinity, as the weights it comes from do")
-            if not torch.isfinite(value.to(dtype)).all():
-                raise NoFold("overflow", f"the folded {slot} does not fit {dtype}")
+            largest = float(torch.linalg.vector_norm(value, torch.inf)) if value.numel() else 0.0
+            if not largest < float("inf"):
+                raise NoFold(
+                    "not-finite", f"the folded {slot} holds NaN or infinity, as the weights it comes from do"
+                )
+            if largest > torch.finfo(dtype).max:
+                raise NoFold(
+                    "overflow", f"the folded {slot} reaches {largest:.1e}, which does not fit {dtype}"
+                )
         if not deviation <= LIMIT:
             raise NoFold(
                 "certificate",
