@@ -1,1 +1,68 @@
-"""Trained PyTorch networks folded into cheaper ones, each rewrite verified."""
+"""Trained PyTorch networks folded into cheaper ones, each rewrite verified.
+
+```python
+import graphsurgery as gs
+
+result = gs.optimize(model, (x,))
+result.module, result.report
+result.export_onnx("model.onnx")
+```
+"""
+
+from graphsurgery import passes
+from graphsurgery.capture import capture
+from graphsurgery.errors import (
+    CaptureError,
+    ExportError,
+    GraphSurgeryError,
+    PassError,
+    RuntimeUnavailableError,
+    VerificationError,
+)
+from graphsurgery.pipeline import OptimizeResult, inspect, optimize
+from graphsurgery.report import Report
+from graphsurgery.restore import restore
+from graphsurgery.rewrite import (
+    Change,
+    Event,
+    ManagerResult,
+    NodeRef,
+    Pass,
+    PassFailure,
+    PassManager,
+    PassResult,
+    Preserves,
+    Refusal,
+)
+from graphsurgery.verify import Verdict, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Change",
+    "Event",
+    "ExportError",
+    "GraphSurgeryError",
+    "ManagerResult",
+    "NodeRef",
+    "OptimizeResult",
+    "Pass",
+    "PassError",
+    "PassFailure",
+    "PassManager",
+    "PassResult",
+    "Preserves",
+    "Refusal",
+    "Report",
+    "RuntimeUnavailableError",
+    "Verdict",
+    "VerificationError",
+    "__version__",
+    "capture",
+    "inspect",
+    "optimize",
+    "passes",
+    "restore",
+    "verify",
+]

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 
 from graphsurgery.errors import PassError
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
+from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.rewrite.contracts import Pass
 from graphsurgery.rewrite.plugins import registered_passes
 
-__all__ = ["ALL_PASSES", "EliminateIdentity", "available", "default_passes", "find", "select"]
+__all__ = ["ALL_PASSES", "EliminateIdentity", "FoldAffine", "available", "default_passes", "find", "select"]
 
-ALL_PASSES: tuple[type[Pass], ...] = (EliminateIdentity,)
+ALL_PASSES: tuple[type[Pass], ...] = (EliminateIdentity, FoldAffine)
 
 
 def available() -> dict[str, type[Pass]]:

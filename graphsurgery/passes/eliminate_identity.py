@@ -80,7 +80,7 @@ class _Surgery:
 
     def __init__(self, gm: fx.GraphModule, *, keep_layout: bool) -> None:
         self.gm = gm
-        self.sizes = Sizes.of(gm.graph)
+        self.sizes = Sizes(gm.graph)
         self.keep_layout = keep_layout
         self.layout_changed = False
         self.changes: list[Change] = []

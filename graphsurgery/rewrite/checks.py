@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphsurgery.graph import CaptureInfo
 from graphsurgery.rewrite.contracts import Pass, PassResult
 from graphsurgery.rewrite.fingerprint import same_bits
 
@@ -51,8 +52,10 @@ def check_graph(before: fx.GraphModule, after: fx.GraphModule, declared: Pass) -
 
 
 def run_graph(gm: fx.GraphModule, inputs: Any) -> list[Any]:
-    """Flat outputs of `gm` for `inputs`: a tensor, a tuple of positional or a mapping of keyword inputs."""
+    """Flat outputs of `gm` for `inputs`: a tensor, positional or keyword inputs, or a `CaptureInfo`."""
     with torch.no_grad():
+        if isinstance(inputs, CaptureInfo):
+            return pytree.tree_leaves(gm(*inputs.args, **inputs.kwargs))
         if isinstance(inputs, Mapping):
             out = gm(**inputs)
         elif isinstance(inputs, (tuple, list)):

@@ -186,8 +186,8 @@ class PassManager:
 
         Args:
             gm: A captured graph.
-            example_inputs: A tensor, a tuple or a mapping of keyword inputs; if given, every changed graph is
-                run on them and compared with what the pass declares.
+            example_inputs: A tensor, a tuple, a mapping of keyword inputs, or the graph's `CaptureInfo`; if
+                given, every changed graph is run on them and compared with what the pass declares.
 
         Raises:
             PassError: A pass wrote into a tensor in place, or (`strict`) broke what it declares.

@@ -1,0 +1,187 @@
+"""Capture, fold, restore, verify: the way of a model from one end to the other.
+
+The only package that joins the layers. Nothing unverified is handed out unless it was asked for
+(`verify="off"`): a result that differs from the original is taken apart, the pass that did it is named and
+left out, and what remains is verified again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from graphsurgery import passes as _passes
+from graphsurgery.capture import capture
+from graphsurgery.errors import CaptureError
+from graphsurgery.graph import capture_info
+from graphsurgery.pipeline.proof import EachPass, baseline_of, verified
+from graphsurgery.pipeline.result import OptimizeResult
+from graphsurgery.report import PassCheck, Report
+from graphsurgery.report.build import build_report
+from graphsurgery.restore import restore
+from graphsurgery.rewrite import Event, Pass, PassManager
+from graphsurgery.rewrite.fingerprint import held_tensors
+from graphsurgery.verify import Baseline, Verdict
+
+__all__ = ["OptimizeResult", "inspect", "optimize"]
+
+VerifyMode = Literal["final", "each-pass", "off"]
+Passes = Iterable[str | Pass | type[Pass]] | str | Pass | None
+OnEvent = Callable[[Event], None]
+
+
+def optimize(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    passes: Passes = None,
+    verify: VerifyMode = "final",
+    dynamic_shapes: Any = None,
+    on_event: OnEvent | None = None,
+    max_param_growth: float | None = None,
+) -> OptimizeResult:
+    """Fold a trained network into a cheaper one that computes the same.
+
+    Args:
+        model: The network; it is not changed. A model in training mode is taken as in evaluation mode.
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs; may be left out
+            for an `ExportedProgram` that brings its own.
+        passes: Names, instances or classes of passes, in the order to run; None for the default ones.
+        verify: `"final"` compares the result with the original in torch, anchored in float64; `"each-pass"`
+            does so after every pass, there also exported to ONNX and run on onnxruntime; `"off"` compares
+            nothing.
+        dynamic_shapes: As for `torch.export.export`; by default the batch is free where the model allows it.
+        on_event: Called at the start and end of every stage and pass.
+        max_param_growth: How many times the parameters of what it replaces a folded layer may have; replaces
+            the option of that name of every pass that has it.
+
+    Returns:
+        The module, its graph, and the report.
+
+    Raises:
+        CaptureError: The model or its inputs cannot be captured, or a parameter holds NaN.
+        PassError: A pass is unknown or wrote into a tensor in place.
+        VerificationError: The captured or restored graph, before any pass, differs from the model.
+        ExportError: With `verify="each-pass"`, the model cannot be exported to ONNX at all.
+        ValueError: `verify` is none of the three.
+    """
+    if verify not in ("final", "each-pass", "off"):
+        raise ValueError(f"verify must be 'final', 'each-pass' or 'off', got {verify!r}")
+    chosen = _with_option(_passes.select(passes), "max_param_growth", max_param_growth)
+    stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
+    with stages("capture"):
+        gm = _capture(model, example_inputs, dynamic_shapes)
+    info = capture_info(gm)
+    checks: list[PassCheck] = []
+    baseline: Baseline | None = None
+    if verify == "each-pass":
+        with stages.untold("each-pass checks"):
+            baseline = baseline_of(model, info)
+            check = EachPass(baseline, info, checks)
+            check.captured(gm)
+        manager = PassManager(chosen, check=check, on_event=on_event)
+        inputs: Any = info
+    else:
+        manager, inputs = PassManager(chosen, on_event=on_event), None
+    with stages("passes"):
+        result = manager(gm, inputs)
+    with stages("restore"):
+        module: nn.Module = restore(result.graph_module)
+    verdict: Verdict | None = None
+    if verify != "off":
+        with stages("verify"):
+            baseline = baseline or baseline_of(model, info)
+            result, module, verdict = verified(gm, manager, result, module, baseline, inputs)
+    report = build_report(gm, chosen, result, stages.seconds)
+    report = replace(report, verify_mode=verify, verification=verdict, pass_checks=tuple(checks))
+    return OptimizeResult(module, result.graph_module, report, model, baseline, dynamic_shapes)
+
+
+def inspect(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    passes: Passes = None,
+    dynamic_shapes: Any = None,
+    on_event: OnEvent | None = None,
+) -> Report:
+    """Find what could be folded and what refuses, by module path and source line; nothing is changed.
+
+    Args:
+        model: As for `optimize`.
+        example_inputs: As for `optimize`.
+        passes: As for `optimize`.
+        dynamic_shapes: As for `optimize`.
+        on_event: As for `optimize`.
+
+    Returns:
+        The report that `optimize(..., verify="off")` would give.
+
+    Raises:
+        CaptureError: As for `optimize`.
+        PassError: As for `optimize`.
+    """
+    chosen = _passes.select(passes)
+    stages = _Stages(on_event, ("capture", "passes"))
+    with stages("capture"):
+        gm = _capture(model, example_inputs, dynamic_shapes)
+    with stages("passes"):
+        result = PassManager(chosen, on_event=on_event)(gm)
+    return build_report(gm, chosen, result, stages.seconds)
+
+
+class _Stages:
+    """Times the stages and tells them to the callback."""
+
+    def __init__(self, on_event: OnEvent | None, names: tuple[str, ...]) -> None:
+        self.on_event = on_event
+        self.names = names
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._tell("stage-start", name)
+        with self.untold(name):
+            yield
+        self._tell("stage-done", name)
+
+    @contextmanager
+    def untold(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def _tell(self, kind: Literal["stage-start", "stage-done"], name: str) -> None:
+        if self.on_event is not None:
+            self.on_event(Event(kind, name, self.names.index(name), len(self.names)))
+
+
+def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    for name, tensor in held_tensors(gm):
+        if (tensor.is_floating_point() or tensor.is_complex()) and bool(torch.isnan(tensor.detach().sum())):
+            count = int(torch.isnan(tensor).sum())
+            if count:
+                raise CaptureError(
+                    f"{name!r} of {capture_info(gm).model_name} holds NaN in {count} of {tensor.numel()} "
+                    "values, so no output can be compared; load a checkpoint that is whole."
+                )
+    return gm
+
+
+def _with_option(chosen: tuple[Pass, ...], option: str, value: Any) -> tuple[Pass, ...]:
+    """The passes, with `option` replaced in those that have it."""
+    if value is None:
+        return chosen
+    return tuple(
+        replace(item, **{option: value}) if option in {f.name for f in dataclasses.fields(item)} else item
+        for item in chosen
+    )

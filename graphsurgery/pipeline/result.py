@@ -1,0 +1,115 @@
+"""What `optimize` hands back, and the files that can be written of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from graphsurgery.capture.inputs import Inputs as CallInputs
+from graphsurgery.capture.program import export_model, quiet
+from graphsurgery.errors import CaptureError, ExportError
+from graphsurgery.export import ExportResult, export_onnx, latency_ms
+from graphsurgery.graph import CaptureInfo, capture_info
+from graphsurgery.pipeline.proof import baseline_of, example_of, reference_of
+from graphsurgery.report import OnnxFile, Report
+from graphsurgery.verify import Baseline
+
+__all__ = ["OptimizeResult"]
+
+
+@dataclass
+class OptimizeResult:
+    """A model after the operation.
+
+    Attributes:
+        module: The result: a module with the original's signature and state-dict names.
+        graph_module: The same as the graph that passes see.
+        report: What was done; `export_onnx` adds to it.
+        original: The model as it was given.
+    """
+
+    module: nn.Module
+    graph_module: fx.GraphModule
+    report: Report
+    original: nn.Module | ExportedProgram
+    _baseline: Baseline | None = field(default=None, repr=False)
+    _dynamic_shapes: Any = field(default=None, repr=False)
+
+    def export_onnx(
+        self, path: str | os.PathLike[str], *, verify: bool = True, measure: bool = False
+    ) -> ExportResult:
+        """Write the result as an ONNX file that was run on onnxruntime and compared with the original model.
+
+        Args:
+            path: The file; nothing is left there when it cannot be written or differs.
+            verify: Whether to compare.
+            measure: Whether to write the original too (to a temporary file), and put size and latency of both
+                into the report.
+
+        Raises:
+            ExportError: The result cannot be translated, or the file not written.
+            VerificationError: What onnxruntime computes differs from the original model.
+        """
+        start = time.perf_counter()
+        info = capture_info(self.graph_module)
+        if verify and self._baseline is None:
+            self._baseline = baseline_of(self.original, info)
+        done = export_onnx(
+            self.module, info, path, verify=verify, baseline=self._baseline if verify else None
+        )
+        record = OnnxFile(done.path, done.size_bytes, done.opset, done.external_data, done.verdict)
+        after = replace(self.report.after, size_bytes=done.size_bytes)
+        seconds = {**self.report.seconds, "export": time.perf_counter() - start}
+        self.report = replace(self.report, onnx=record, after=after, seconds=seconds)
+        if measure:
+            self._measure(done.path, info)
+        return done
+
+    def _measure(self, path: str, info: CaptureInfo) -> None:
+        """Put size and latency of the original's and the result's ONNX file into the report."""
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            original = export_onnx(
+                reference_of(self.original), info, Path(folder) / "original.onnx", verify=False
+            )
+            tensors = example_of(info).tensors()
+            before, after = latency_ms([original.path, path], tensors)
+        self.report = replace(
+            self.report,
+            before=replace(self.report.before, size_bytes=original.size_bytes, latency_ms=before),
+            after=replace(self.report.after, latency_ms=after),
+            seconds={**self.report.seconds, "measure": time.perf_counter() - start},
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result as an exported program (`.pt2`), which `torch.export.load` reads.
+
+        Args:
+            path: The file; an older one is replaced at the end, at once.
+
+        Raises:
+            ExportError: The result cannot be exported, or the file not written.
+        """
+        target = Path(path)
+        info = capture_info(self.graph_module)
+        temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp.pt2")
+        try:
+            exported = export_model(
+                self.module, CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
+            )
+            with quiet():
+                torch.export.save(exported.program, temporary)
+            os.replace(temporary, target)
+        except (CaptureError, OSError, RuntimeError) as error:
+            raise ExportError(f"{target} was not written: {str(error).splitlines()[0]}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return target
