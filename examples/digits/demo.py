@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 import graphsurgery as gs
+from graphsurgery.report.text import render
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def main() -> int:
     start = time.perf_counter()
     result = gs.optimize(model, pictures[:4])
     folded = time.perf_counter()
-    result.export_onnx(out)
+    result.export_onnx(out, measure=True)
     exported = time.perf_counter()
 
     logits = {
@@ -56,7 +57,7 @@ def main() -> int:
         "torch, after": torch_logits(result.module, pictures),
         "onnxruntime, after": onnx_logits(out, pictures),
     }
-    console.print(result.report)
+    console.print(render(result.report))
     table = Table(title=f"The {len(labels)} test pictures")
     for heading in ("run by", "accuracy", "same answers", "largest difference of a logit"):
         table.add_column(heading, justify="left" if heading == "run by" else "right")
@@ -69,7 +70,7 @@ def main() -> int:
         )
     console.print(table)
     console.print(
-        f"folded and verified in {folded - start:.1f} s, exported and verified in {exported - folded:.1f} s: "
+        f"folded and verified in {folded - start:.1f} s, exported, verified and timed in {exported - folded:.1f} s: "
         f"{out}, {out.stat().st_size / 1e3:.0f} kB",
         highlight=False,
     )

@@ -236,7 +236,7 @@ def test_errors_are_json_where_json_was_asked_for(capfd: pytest.CaptureFixture[s
 def test_a_failed_export_leaves_no_file(
     models: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(self: gs.OptimizeResult, path: Path) -> None:
+    def fail(self: gs.OptimizeResult, path: Path, **options: bool) -> None:
         raise gs.VerificationError("the file differs")
 
     monkeypatch.setattr(gs.OptimizeResult, "export_onnx", fail)
