@@ -70,8 +70,8 @@ def main() -> int:
         )
     console.print(table)
     console.print(
-        f"folded and verified in {folded - start:.1f} s, exported, verified and timed in {exported - folded:.1f} s: "
-        f"{out}, {out.stat().st_size / 1e3:.0f} kB",
+        f"folded and verified in {folded - start:.1f} s; "
+        f"exported, verified and timed in {exported - folded:.1f} s: {out}",
         highlight=False,
     )
 
