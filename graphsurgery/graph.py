@@ -242,8 +242,8 @@ def _tensor_names(module: nn.Module) -> Iterator[str]:
 def delete_unused_attrs(gm: fx.GraphModule) -> tuple[str, ...]:
     """Delete the parameters, buffers and empty modules of `gm` that no node reads.
 
-    What lies under the target of a `call_module` node stays; so does the `num_batches_tracked` of a batch norm
-    whose statistics are read, for the sake of the state dict.
+    What lies under the target of a `call_module` node stays; so does the `num_batches_tracked` of a batch
+    norm whose statistics are read, for the sake of the state dict.
 
     Returns:
         The dotted names of the deleted tensors.
@@ -334,8 +334,8 @@ def _feed_tensor(digest: Any, tensor: torch.Tensor) -> None:
 def structural_hash(gm: fx.GraphModule) -> str:
     """Return a hash of `gm`: targets, arguments, wiring, signature, attribute names and tensor bytes.
 
-    Names and metadata of nodes do not enter, nor the record of the capture. Equal hashes mean the same program;
-    the time is that of reading all parameters once.
+    Names and metadata of nodes do not enter, nor the record of the capture. Equal hashes mean the same
+    program; the time is that of reading all parameters once.
     """
     digest = hashlib.sha256()
     numbers = {node: index for index, node in enumerate(gm.graph.nodes)}

@@ -1,7 +1,7 @@
 """GraphModule -> nn.Module made of `nn.Conv2d`, `nn.Linear`, `nn.BatchNorm2d`, ... under the paths they had.
 
 A call whose weight is the attribute `P.weight` becomes the module `P`; its other tensors have to be `P.bias`,
-`P.running_mean` and so on. A bare parameter (`F.linear(x, self.w1)`) becomes `w1_linear`. Whatever does not fit
+`P.running_mean` and so on. A bare parameter (`F.linear(x, self.w1)`) becomes `w1_linear`. What does not fit
 stays a functional call that reads its parameter: a computed weight, a bias of another module, a second
 configuration of a weight that has a module already.
 """
@@ -56,8 +56,8 @@ def restore(gm: fx.GraphModule) -> fx.GraphModule:
         gm: A graph in the captured dialect; it is not changed.
 
     Returns:
-        A graph module that calls `nn.Conv*`, `nn.ConvTranspose*`, `nn.Linear`, `nn.BatchNorm*`, `nn.LayerNorm`,
-        `nn.RMSNorm`, `nn.GroupNorm` and `nn.Embedding` modules.
+        A graph module that calls `nn.Conv*`, `nn.ConvTranspose*`, `nn.Linear`, `nn.BatchNorm*`,
+        `nn.LayerNorm`, `nn.RMSNorm`, `nn.GroupNorm` and `nn.Embedding` modules.
     """
     result = copy_graph_module(gm)
     _own_parameters(result)
@@ -99,7 +99,7 @@ def _own_parameters(gm: fx.GraphModule) -> None:
 
 
 def _after_deepcopy(gm: fx.GraphModule, *, loose: tuple[str, ...]) -> None:
-    """Put right what `GraphModule.__deepcopy__` forgets: non-persistent buffers and the mode of plain modules."""
+    """Put right what `GraphModule.__deepcopy__` forgets: non-persistent buffers, the mode of plain modules."""
     for name in loose:
         path, _, leaf = name.rpartition(".")
         if has_attr(gm, name):
@@ -135,7 +135,7 @@ def _word(node: fx.Node) -> str:
 
 
 def _all_bare(gm: fx.GraphModule, node: fx.Node, layer: _Layer) -> bool:
-    """Return whether the tensors of this call are read by it alone, so that they can move into a new module."""
+    """Return whether this call alone reads its tensors, so that they can move into a new module."""
     targets = {target for _, target in layer.tensors}
     readers = {user for n in gm.graph.nodes if n.op == "get_attr" and n.target in targets for user in n.users}
     names: dict[int, int] = {}

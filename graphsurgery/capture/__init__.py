@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from graphsurgery.capture.dialect import canonicalize, refuse_foreign
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
 from graphsurgery.capture.inputs import Inputs, difference, normalize
-from graphsurgery.capture.program import export_model, free_carriers, quiet, run_model
+from graphsurgery.capture.program import export_model, export_static, free_carriers, quiet, run_model
 from graphsurgery.capture.state import check_supported, evaluated, unwrap
 from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
 from graphsurgery.errors import CaptureError
@@ -49,7 +49,8 @@ def capture(
         return _capture_program(model, example_inputs, dynamic_shapes)
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"cannot capture a {type(model).__name__}, expected an nn.Module, an fx.GraphModule or an ExportedProgram."
+            f"cannot capture a {type(model).__name__}, expected an nn.Module, an fx.GraphModule or an "
+            "ExportedProgram."
         )
     if example_inputs is None:
         raise CaptureError(
@@ -67,7 +68,14 @@ def capture(
         exported = export_model(model, inputs, dynamic_shapes)
     name = type(model).__name__
     gm, more = _to_dialect(exported.program, name)
-    _check(gm, name, inputs, expected)
+    found = _differs(gm, inputs, expected)
+    if found is not None and exported.dynamic and dynamic_shapes is None:
+        # The example is a batch of one, the export was of two.
+        with evaluated(model):
+            exported = export_static(model, inputs, f"with a free batch {found}")
+        gm, more = _to_dialect(exported.program, name)
+        found = _differs(gm, inputs, expected)
+    _require_same(name, inputs, found)
     notes += exported.notes + more
     if exported.dynamic and (inputs.batch() or 1) > 1:
         with evaluated(model):
@@ -87,7 +95,7 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
         inputs = Inputs(tuple(args), dict(kwargs))
     else:
         inputs = normalize(example_inputs)
-    stack = next(
+    stack: dict[str, Any] = next(
         (n.meta["nn_module_stack"] for n in program.graph.nodes if n.meta.get("nn_module_stack")), {}
     )
     kind = next(iter(stack.values()), ("", ""))[1]
@@ -96,7 +104,7 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
         reference = program.module(check_guards=False)
     gm, notes = _to_dialect(program, name)
     expected = run_model(reference, inputs)
-    _check(gm, name, inputs, expected)
+    _require_same(name, inputs, _differs(gm, inputs, expected))
     return _record(gm, name, inputs, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=notes)
 
 
@@ -115,8 +123,8 @@ def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tu
     for target in written:
         if target in state:
             raise CaptureError(
-                f"the model writes {target!r} in forward{describe_write(gm, target)}, so its output depends on "
-                "earlier calls; keep such state out of forward, or update it only in training mode."
+                f"the model writes {target!r} in forward{describe_write(gm, target)}, so its output "
+                "depends on earlier calls; keep such state out of forward, or update it only in training mode."
             )
     canonicalize(gm)
     delete_unused_attrs(gm)
@@ -125,16 +133,24 @@ def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tu
     gm.training = False
     names = tuple(dict.fromkeys((*inputs, *written)))
     return gm, tuple(
-        f"the model writes into its input {target!r}; the captured graph leaves it" for target in names
+        f"the model writes into its input {target!r}; the captured graph does not" for target in names
     )
 
 
-def _check(gm: fx.GraphModule, name: str, inputs: Inputs, expected: Any) -> None:
-    found = difference(expected, run_model(gm, inputs))
+def _differs(gm: fx.GraphModule, inputs: Inputs, expected: Any) -> str | None:
+    """Return how the graph's outputs differ from the expected ones, or None."""
+    try:
+        return difference(expected, run_model(gm, inputs))
+    except CaptureError as error:
+        return f"it does not run: {type(error.__cause__).__name__}: {str(error.__cause__)[:200]}"
+
+
+def _require_same(name: str, inputs: Inputs, found: str | None) -> None:
     if found is not None:
         raise CaptureError(
             f"the captured graph of {name} does not reproduce the model on the example inputs "
-            f"({inputs.describe()}): {found}; look for state or randomness in forward, or capture its submodules."
+            f"({inputs.describe()}): {found}; look for state or randomness in forward, or capture its "
+            "submodules."
         )
 
 
@@ -145,10 +161,7 @@ def _check_single(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple
         expected = run_model(model, single)
     except CaptureError:
         return ()  # the model itself needs more than one sample
-    try:
-        found = difference(expected, run_model(gm, single))
-    except CaptureError as error:
-        found = str(error)
+    found = _differs(gm, single, expected)
     return () if found is None else (f"the captured graph holds for batches of 2 or more, not of 1: {found}",)
 
 

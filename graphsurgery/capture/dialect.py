@@ -33,8 +33,8 @@ def refuse_foreign(gm: fx.GraphModule) -> None:
         where = f" (at {source_line(node)})" if source_line(node) else ""
         if isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
-                f"the model uses {node.target}{where}, an operator with a body of its own, which is not supported; "
-                "move autocast and gradient modes out of forward, or capture the submodules around it."
+                f"the model uses {node.target}{where}, an operator with a body of its own, which is not "
+                "supported; move autocast and gradient modes out of forward, or capture the submodules around it."
             )
         if isinstance(node.target, OpOverload):
             if _updates_statistics(node):
@@ -77,10 +77,8 @@ def _is_random(node: fx.Node) -> bool:
     names = {parameter.name for parameter in target._schema.arguments}
     for flag in ("train", "training"):
         if flag in names:
-            return bool(argument(node, flag)) and argument(node, "p") != 0
-    if "dropout_p" in names:
-        return argument(node, "dropout_p") != 0
-    return True
+            return bool(argument(node, flag)) and bool(argument(node, "p") != 0)
+    return "dropout_p" not in names or bool(argument(node, "dropout_p") != 0)
 
 
 # -- one spelling for each thing
@@ -207,7 +205,8 @@ def _reverse(node: fx.Node) -> None:
 
 def _movedim(node: fx.Node) -> None:
     rank = _rank(node)
-    source, destination = ([d] if isinstance(d, int) else list(d) for d in node.args[1:3])
+    dims: tuple[Any, ...] = node.args[1:3]
+    source, destination = ([d] if isinstance(d, int) else list(d) for d in dims)
     source, destination = [d % rank for d in source], [d % rank for d in destination]
     rest = iter([d for d in range(rank) if d not in source])
     _permute(node, [source[destination.index(d)] if d in destination else next(rest) for d in range(rank)])

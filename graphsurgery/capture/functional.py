@@ -1,8 +1,8 @@
 """Turn in-place operations into functional ones by substitution, where that is plainly right.
 
-`y = relu_(x)` becomes `y = relu(x)` and later readers of `x` read `y`. That is right when no other alias of x's
-memory is read later. Aliases are found by the storage of the fake values, which export shares just as the real
-tensors do: this sees through views that no schema declares (dropout in eval, einsum of one operand).
+`y = relu_(x)` becomes `y = relu(x)` and later readers of `x` read `y`. That is right when no other alias of
+the memory of `x` is read later. Aliases are found by the storage of the fake values, which export shares just
+as the real tensors do: this sees through views that no schema declares (dropout in eval).
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _check_owner(aliases: list[fx.Node], node: fx.Node, inputs: list[str]) -> No
     for alias in aliases:
         if alias.op == "get_attr":
             raise CaptureError(
-                f"the model writes {alias.target!r} in forward (at {source_line(node) or node.name}), so its output "
-                "depends on earlier calls; keep such state out of forward, or update it only in training mode."
+                f"the model writes {alias.target!r} in forward (at {source_line(node) or node.name}), so "
+                "its output depends on earlier calls; keep such state out of it, or update it in training only."
             )
         if alias.op == "placeholder":
             inputs.append(str(alias.target))
@@ -157,7 +157,7 @@ def _later(order: dict[fx.Node, int], now: int) -> Callable[[fx.Node], bool]:
 
 
 def _is_same_value(a: fx.Node, b: fx.Node) -> bool:
-    """Return whether two nodes of one storage are the whole of it in the same order (`relu_` returns its operand)."""
+    """Return whether two nodes of one storage are the same elements in the same order."""
     x, y = a.meta["val"], b.meta["val"]
     if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
         return False

@@ -99,10 +99,10 @@ def normalize(example_inputs: Any) -> Inputs:
 
 
 def difference(expected: Any, actual: Any) -> str | None:
-    """Return a clause that tells how `actual` differs from `expected` (any structure), or None when they agree.
+    """Return a clause that tells how `actual` differs from `expected`, of any structure; None if they agree.
 
-    The same operations in the same order are compared, so the allowance is only for another memory layout: the square
-    root of the dtype's epsilon, relative to the largest finite value.
+    The same operations in the same order are compared, so the allowance is only for another memory layout or
+    kernel: the square root of the dtype's epsilon, relative to the largest finite value.
     """
     left, left_spec = pytree.tree_flatten(expected)
     right, right_spec = pytree.tree_flatten(actual)

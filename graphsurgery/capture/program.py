@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import linecache
 import logging
+import math
 import os
 import traceback
 import warnings
@@ -16,12 +18,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
-__all__ = ["Exported", "export_model", "free_carriers", "quiet", "run_model"]
+__all__ = ["Exported", "export_model", "export_static", "free_carriers", "quiet", "run_model"]
 
+_TRIED_BATCHES = (2, 3, 4, 5, 7, 8, 16)
 _SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
 
@@ -112,22 +117,26 @@ def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
 
 def free_carriers(program: ExportedProgram, carriers: list[int]) -> list[int]:
     """Return the carriers whose leading size stayed symbolic."""
-    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    names = [
+        spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+    ]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     tensors = [values[name] for name in names if isinstance(values.get(name), torch.Tensor)]
-    return [i for i in carriers if i < len(tensors) and isinstance(tensors[i].shape[0], torch.SymInt)]
+    return [i for i in carriers if i < len(tensors) and _is_free(tensors[i].shape[0])]
 
 
-def _try_dynamic(model: nn.Module, inputs: Inputs, carriers: list[int]) -> tuple[ExportedProgram, list[int]]:
-    batch = inputs.batch()
+def _is_free(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def _try_dynamic(model: nn.Module, inputs: Inputs, carriers: list[int]) -> ExportedProgram:
     # A size of 1 would be taken for a constant, so a single sample is repeated.
-    wide = inputs.with_batch(2, carriers) if batch == 1 else inputs
-    shapes = ShapesCollection()
+    wide = inputs.with_batch(2, carriers) if inputs.batch() == 1 else inputs
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     tensors = wide.tensors()
     for index in carriers:
         shapes[tensors[index]] = {0: Dim.AUTO}
-    program = _export(model, wide, shapes)
-    return program, free_carriers(program, carriers)
+    return _export(model, wide, shapes)
 
 
 def export_model(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Exported:
@@ -137,46 +146,81 @@ def export_model(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Expor
         CaptureError: torch.export cannot trace the model.
     """
     if dynamic_shapes is not None:
-        try:
-            program = _export(model, inputs, dynamic_shapes)
-        except Exception as error:
-            raise _refuse(model, error) from error
+        program = _export_or_refuse(model, inputs, dynamic_shapes)
         return Exported(program, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=())
-
     carriers = inputs.carriers()
     reason = "no input has a batch dimension"
     while carriers:
         try:
-            program, free = _try_dynamic(model, inputs, carriers)
+            program = _try_dynamic(model, inputs, carriers)
         except Exception as error:  # noqa: BLE001 - whatever it is, a static capture may still work
             reason = f"with a free batch it fails: {_complaint(error)}{_at(error)}"
             break
+        free = free_carriers(program, carriers)
         if free == carriers:
-            return Exported(program, dynamic=True, notes=())
+            guard = _broken_guard(program, model, inputs, carriers)
+            if guard is None:
+                return Exported(program, dynamic=True, notes=())
+            reason = f"the model does something else where not `{guard}`{_who_fixed_it(program)}"
+            break
         reason = "the model fixes it" + _who_fixed_it(program)
         carriers = free  # inputs whose leading size only happened to equal the batch stay fixed
-    try:
-        program = _export(model, inputs, None)
-    except Exception as error:
-        raise _refuse(model, error) from error
+    return export_static(model, inputs, reason)
+
+
+def export_static(model: nn.Module, inputs: Inputs, reason: str) -> Exported:
+    """Export `model` for the sizes of the example alone; the note gives the reason.
+
+    Raises:
+        CaptureError: torch.export cannot trace the model.
+    """
+    program = _export_or_refuse(model, inputs, None)
     size = inputs.batch()
     batch = "" if size is None else f" of {size}"
     return Exported(program, dynamic=False, notes=(f"captured with a static batch{batch}: {reason}",))
 
 
+def _export_or_refuse(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        return _export(model, inputs, dynamic_shapes)
+    except Exception as error:
+        raise _refuse(model, error) from error
+
+
+def _broken_guard(
+    program: ExportedProgram, model: nn.Module, inputs: Inputs, carriers: list[int]
+) -> str | None:
+    """Return a condition under which the graph was traced that some other batch does not meet, or None."""
+    guards = list(program._guards_code or ())
+    if not guards:
+        return None
+    meta = inputs.map_tensors(lambda tensor: tensor.to("meta"))
+    signature = inspect.signature(model.forward)
+    for size in _TRIED_BATCHES:
+        other = meta.with_batch(size, carriers)
+        names = {"L": signature.bind(*other.args, **other.kwargs).arguments, "math": math, "inf": math.inf}
+        for guard in guards:
+            try:
+                holds = bool(
+                    eval(guard, {**SYMPY_INTERP, **names})
+                )  # torch evaluates this code of its own just so
+            except (ArithmeticError, LookupError, NameError, TypeError):
+                holds = False  # e.g. a division by batch - 2
+            if not holds:
+                return guard
+    return None
+
+
 def _who_fixed_it(program: ExportedProgram) -> str:
-    """Return ` (at file.py:12, in forward: code)` where the batch became a number, "" if unknown."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
-            env = value.fake_mode.shape_env
-            for symbol, location in env.replacements_slocs.items():
-                frame = location.maybe_user_loc or location.framework_loc
-                if not env.replacements[symbol].is_number or frame is None:
-                    continue
-                if isinstance(frame, str):
-                    return f" (at {frame})"
-                if not frame.filename.startswith(_SKIPPED):
-                    return f" (at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}: {frame.line})"
-            return ""
+    """Return ` (at file.py:12, in forward: code)` where the batch was bound to a number, "" if unknown."""
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    env = next((value.fake_mode.shape_env for value in values if isinstance(value, FakeTensor)), None)
+    if env is None:
+        return ""
+    fixed = [where for symbol, where in env.replacements_slocs.items() if env.replacements[symbol].is_number]
+    for location in [*fixed, *(guard.sloc for guard in env.guards)]:
+        frame = location.maybe_user_loc or location.framework_loc
+        if isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith((*_SKIPPED, "<")):
+            where = f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
+            return f" (at {where}: {frame.line})"
     return ""

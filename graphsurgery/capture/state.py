@@ -39,9 +39,9 @@ def check_supported(model: nn.Module) -> None:
             )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise CaptureError(
-                f"{name!r} is not initialised yet (a lazy module); run the model once on an input, then capture."
+                f"{name!r} is not initialised yet (a lazy module); run the model once on an input first."
             )
         if tensor.device.type == "meta":
             raise CaptureError(
@@ -56,8 +56,8 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` in evaluation mode, and afterwards undo whatever running it has changed.
 
-    No method of the user's is called for that (`train()` is sometimes overridden to rewrite weights): training
-    flags, attributes and buffers that were set or written meanwhile are put back directly.
+    No method of the user's is called for that (`train()` is sometimes overridden to rewrite weights):
+    training flags, attributes and buffers that were set or written meanwhile are put back directly.
     """
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]

@@ -112,7 +112,7 @@ def _user_outputs(program: ExportedProgram, node: fx.Node) -> tuple[tuple[Any, .
 
 
 def _read_under_own_name(gm: fx.GraphModule) -> None:
-    """Let each call read a tied parameter under the name in its own module (export keeps only one of them)."""
+    """Let each call read a tied parameter under the name in its own module (export keeps one of them)."""
     names: dict[int, list[str]] = {}
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -132,7 +132,7 @@ def _argument_names(program: ExportedProgram) -> list[str]:
     signature = program.module_call_graph[0].signature if program.module_call_graph else None
     if signature is not None and signature.forward_arg_names:
         return list(signature.forward_arg_names)
-    args, kwargs = program.call_spec.in_spec.children()  # type: ignore[union-attr]
+    args, kwargs = program.call_spec.in_spec.children()
     return [f"arg_{i}" for i in range(args.num_children)] + [str(key) for key in kwargs.context]
 
 
