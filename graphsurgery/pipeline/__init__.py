@@ -22,14 +22,14 @@ from graphsurgery import passes as _passes
 from graphsurgery.capture import capture
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import capture_info
-from graphsurgery.pipeline.proof import EachPass, baseline_of, verified
+from graphsurgery.pipeline.proof import Proof
 from graphsurgery.pipeline.result import OptimizeResult
-from graphsurgery.report import PassCheck, Report
+from graphsurgery.report import Report
 from graphsurgery.report.build import build_report
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import Event, Pass, PassManager
 from graphsurgery.rewrite.fingerprint import held_tensors
-from graphsurgery.verify import Baseline, Verdict
+from graphsurgery.verify import Verdict
 
 __all__ = ["OptimizeResult", "inspect", "optimize"]
 
@@ -79,30 +79,23 @@ def optimize(
     stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
     with stages("capture"):
         gm = _capture(model, example_inputs, dynamic_shapes)
-    info = capture_info(gm)
-    checks: list[PassCheck] = []
-    baseline: Baseline | None = None
+    proof = Proof(model, gm, on_event)
+    manager = PassManager(chosen, on_event=on_event)
     if verify == "each-pass":
-        with stages.untold("each-pass checks"):
-            baseline = baseline_of(model, info)
-            check = EachPass(baseline, info, checks)
-            check.captured(gm)
-        manager = PassManager(chosen, check=check, on_event=on_event)
-        inputs: Any = info
-    else:
-        manager, inputs = PassManager(chosen, on_event=on_event), None
+        with stages.untold("verify:captured"):
+            proof.check_captured()
+        manager = PassManager(chosen, check=proof.check_pass, on_event=on_event)
     with stages("passes"):
-        result = manager(gm, inputs)
+        result = manager(gm, proof.info if verify == "each-pass" else None)
     with stages("restore"):
         module: nn.Module = restore(result.graph_module)
     verdict: Verdict | None = None
     if verify != "off":
         with stages("verify"):
-            baseline = baseline or baseline_of(model, info)
-            result, module, verdict = verified(gm, manager, result, module, baseline, inputs)
+            result, module, verdict = proof.verified(manager, result, module)
     report = build_report(gm, chosen, result, stages.seconds)
-    report = replace(report, verify_mode=verify, verification=verdict, pass_checks=tuple(checks))
-    return OptimizeResult(module, result.graph_module, report, model, baseline, dynamic_shapes)
+    report = replace(report, verify_mode=verify, verification=verdict, pass_checks=tuple(proof.pass_checks))
+    return OptimizeResult(module, result.graph_module, report, proof, dynamic_shapes)
 
 
 def inspect(

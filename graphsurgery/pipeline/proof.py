@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -14,31 +15,13 @@ from graphsurgery.capture.program import quiet
 from graphsurgery.capture.state import unwrap
 from graphsurgery.errors import ExportError, GraphSurgeryError, VerificationError
 from graphsurgery.export import export_onnx
-from graphsurgery.graph import CaptureInfo
+from graphsurgery.graph import capture_info
 from graphsurgery.report import PassCheck
 from graphsurgery.restore import restore
-from graphsurgery.rewrite import Event, ManagerResult, Pass, PassFailure, PassManager
+from graphsurgery.rewrite import CheckResult, Event, ManagerResult, Pass, PassFailure, PassManager, Step
 from graphsurgery.verify import Baseline, Inputs, Verdict
 
-__all__ = ["EachPass", "baseline_of", "example_of", "reference_of", "verified"]
-
-
-def example_of(info: CaptureInfo) -> Inputs:
-    """The example inputs of a captured model, as verification takes them."""
-    return Inputs(tuple(info.args), dict(info.kwargs))
-
-
-def reference_of(model: nn.Module | ExportedProgram) -> nn.Module:
-    """The model as it was given, as a module to run."""
-    if isinstance(model, ExportedProgram):
-        with quiet():
-            return model.module(check_guards=False)
-    return unwrap(model)
-
-
-def baseline_of(model: nn.Module | ExportedProgram, info: CaptureInfo) -> Baseline:
-    """The runs of the original model that everything is compared with."""
-    return Baseline(reference_of(model), example_of(info), dynamic_batch=info.dynamic_batch)
+__all__ = ["Proof"]
 
 
 @dataclass(frozen=True)
@@ -47,21 +30,58 @@ class _Checked:
     reason: str
 
 
-class EachPass:
-    """The check of `verify="each-pass"`: torch, then ONNX on onnxruntime, both against the original model."""
+class Proof:
+    """Compares graphs and modules with one original model, whose own runs are made once, when first needed.
 
-    def __init__(self, baseline: Baseline, info: CaptureInfo, checks: list[PassCheck]) -> None:
-        self.baseline = baseline
-        self.info = info
-        self.checks = checks
+    Attributes:
+        original: The model as it was given.
+        captured: The graph that was captured of it.
+        info: What capture recorded of it.
+        pass_checks: The checks of single passes so far.
+    """
 
-    def captured(self, gm: fx.GraphModule) -> None:
-        """Make sure that the untouched graph can be exported and agrees, so that no pass is blamed for it."""
-        self.baseline.compare(restore(gm)).raise_if_failed()
-        self._on_onnxruntime(gm).raise_if_failed()
+    def __init__(
+        self,
+        original: nn.Module | ExportedProgram,
+        captured: fx.GraphModule,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.original = original
+        self.captured = captured
+        self.info = capture_info(captured)
+        self.pass_checks: list[PassCheck] = []
+        self._on_event = on_event
 
-    def __call__(self, before: fx.GraphModule, after: fx.GraphModule, item: Pass) -> _Checked:
-        """Compare `after` with the original, record it, and say whether it agrees."""
+    @property
+    def example(self) -> Inputs:
+        """The example inputs, as verification takes them."""
+        return Inputs(tuple(self.info.args), dict(self.info.kwargs))
+
+    @property
+    def reference(self) -> nn.Module:
+        """The original model as a module to run."""
+        if isinstance(self.original, ExportedProgram):
+            with quiet():
+                return self.original.module(check_guards=False)
+        return unwrap(self.original)
+
+    @cached_property
+    def baseline(self) -> Baseline:
+        """The runs of the original model that everything is compared with."""
+        return Baseline(self.reference, self.example, dynamic_batch=self.info.dynamic_batch)
+
+    def check_captured(self) -> None:
+        """Make sure that the untouched graph agrees, in torch and exported, so that no pass is blamed for it.
+
+        Raises:
+            ExportError: It cannot be exported to ONNX.
+            VerificationError: It differs from the model.
+        """
+        self.baseline.compare(restore(self.captured)).raise_if_failed()
+        self._on_onnxruntime(self.captured)
+
+    def check_pass(self, before: fx.GraphModule, after: fx.GraphModule, item: Pass) -> CheckResult:
+        """Compare what a pass made with the original: in torch, then exported, on onnxruntime; record it."""
         in_torch = self.baseline.compare(after)
         on_onnx: Verdict | None = None
         reason = in_torch.reason
@@ -72,7 +92,7 @@ class EachPass:
             except GraphSurgeryError as error:  # the captured graph did not raise, so the pass is to blame
                 reason = str(error)
         ok = on_onnx is not None and on_onnx.ok
-        self.checks.append(PassCheck(item.name, ok, in_torch, on_onnx))
+        self.pass_checks.append(PassCheck(item.name, ok, in_torch, on_onnx))
         return _Checked(ok, reason)
 
     def _on_onnxruntime(self, gm: fx.GraphModule) -> Verdict:
@@ -83,68 +103,59 @@ class EachPass:
             raise ExportError("the exported graph was not compared, expected a verdict of onnxruntime")
         return done.verdict
 
+    def verified(
+        self, manager: PassManager, result: ManagerResult, module: nn.Module
+    ) -> tuple[ManagerResult, nn.Module, Verdict]:
+        """Compare the result with the original; leave out culprits until it agrees.
 
-def verified(
-    gm: fx.GraphModule,
-    manager: PassManager,
-    result: ManagerResult,
-    module: nn.Module,
-    baseline: Baseline,
-    inputs: Any,
-) -> tuple[ManagerResult, nn.Module, Verdict]:
-    """Compare the result with the original; leave out culprits until it agrees.
+        Args:
+            manager: The manager that made `result` of the captured graph.
+            result: What the passes made.
+            module: What was restored of it.
 
-    Raises:
-        VerificationError: No pass is to blame: what was captured, or what is restored from it, differs
-            already.
-    """
-    failures = list(result.failures)
-    remaining = manager.passes
-    while not (verdict := baseline.compare(module)).ok:
-        index, reason = _culprit(gm, result, verdict, baseline)
-        step = result.steps[index]
-        failures.append(PassFailure(step.pass_name, "verification", reason, step.round))
-        if manager.on_event is not None:
-            position = [item.name for item in manager.passes].index(step.pass_name)
-            event = Event(
-                "pass-failed", step.pass_name, position, len(manager.passes), step.round, reason=reason
+        Returns:
+            Result, module and verdict, of the first set of passes that agrees.
+
+        Raises:
+            VerificationError: No pass is to blame: what was captured, or what is restored from it, differs.
+        """
+        failures = list(result.failures)
+        remaining = manager.passes
+        while not (verdict := self.baseline.compare(module)).ok:
+            step, reason = self._culprit(result, verdict)
+            failures.append(PassFailure(step.pass_name, "verification", reason, step.round))
+            self._tell(manager, failures[-1])
+            failed = {failure.pass_name for failure in failures if failure.code != "no-fixed-point"}
+            remaining = tuple(item for item in remaining if item.name not in failed)
+            result = PassManager(remaining, check=manager.check, on_event=manager.on_event)(self.captured)
+            failures += result.failures
+            module = restore(result.graph_module)
+        return replace(result, failures=tuple(failures)), module, verdict
+
+    def _tell(self, manager: PassManager, failure: PassFailure) -> None:
+        if self._on_event is not None:
+            names = [item.name for item in manager.passes]
+            index = names.index(failure.pass_name)
+            round, reason = failure.round, failure.reason
+            self._on_event(Event("pass-failed", names[index], index, len(names), round, reason=reason))
+
+    def _culprit(self, result: ManagerResult, verdict: Verdict) -> tuple[Step, str]:
+        """Find the first step whose graph differs from the original, by halving; and how it differs."""
+        captured = self.baseline.compare(self.captured)
+        if not captured.ok:
+            raise VerificationError(f"the captured graph differs before any pass: {captured.reason}")
+        last = self.baseline.compare(result.graph_module)
+        if last.ok or not result.steps:
+            raise VerificationError(
+                "the module restored from the graph differs from the model, though the graph agrees: "
+                f"{verdict.reason}; please report this"
             )
-            manager.on_event(event)
-        failed = {failure.pass_name for failure in failures}
-        remaining = tuple(item for item in remaining if item.name not in failed)
-        result = PassManager(remaining, check=manager.check, on_event=manager.on_event)(gm, inputs)
-        failures += result.failures
-        module = restore(result.graph_module)
-    return replace(result, failures=tuple(failures)), module, verdict
-
-
-def _culprit(
-    gm: fx.GraphModule, result: ManagerResult, verdict: Verdict, baseline: Baseline
-) -> tuple[int, str]:
-    """Find the first step whose graph differs from the original, by halving.
-
-    Returns:
-        Its index and the reason of the verdict on its graph.
-    """
-    captured = baseline.compare(gm)
-    if not captured.ok:
-        raise VerificationError(
-            f"the captured graph differs from the model before any pass: {captured.reason}"
-        )
-    reason = verdict.reason
-    good, bad = -1, len(result.steps) - 1
-    last = baseline.compare(result.graph_module)
-    if bad < 0 or last.ok:
-        raise VerificationError(
-            f"the module restored from the graph differs from the model, though the graph agrees: {reason}; "
-            "please report this"
-        )
-    reason = last.reason
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        found = baseline.compare(result.steps[middle].graph_module)
-        if found.ok:
-            good = middle
-        else:
-            bad, reason = middle, found.reason
-    return bad, reason
+        good, bad, reason = -1, len(result.steps) - 1, last.reason
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            found = self.baseline.compare(result.steps[middle].graph_module)
+            if found.ok:
+                good = middle
+            else:
+                bad, reason = middle, found.reason
+        return result.steps[bad], reason

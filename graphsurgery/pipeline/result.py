@@ -17,10 +17,9 @@ from graphsurgery.capture.inputs import Inputs as CallInputs
 from graphsurgery.capture.program import export_model, quiet
 from graphsurgery.errors import CaptureError, ExportError
 from graphsurgery.export import ExportResult, export_onnx, latency_ms
-from graphsurgery.graph import CaptureInfo, capture_info
-from graphsurgery.pipeline.proof import baseline_of, example_of, reference_of
+from graphsurgery.pipeline.proof import Proof
 from graphsurgery.report import OnnxFile, Report
-from graphsurgery.verify import Baseline
+from graphsurgery.restore import restore
 
 __all__ = ["OptimizeResult"]
 
@@ -33,15 +32,18 @@ class OptimizeResult:
         module: The result: a module with the original's signature and state-dict names.
         graph_module: The same as the graph that passes see.
         report: What was done; `export_onnx` adds to it.
-        original: The model as it was given.
     """
 
     module: nn.Module
     graph_module: fx.GraphModule
     report: Report
-    original: nn.Module | ExportedProgram
-    _baseline: Baseline | None = field(default=None, repr=False)
+    _proof: Proof = field(repr=False)
     _dynamic_shapes: Any = field(default=None, repr=False)
+
+    @property
+    def original(self) -> nn.Module | ExportedProgram:
+        """The model as it was given."""
+        return self._proof.original
 
     def export_onnx(
         self, path: str | os.PathLike[str], *, verify: bool = True, measure: bool = False
@@ -59,29 +61,23 @@ class OptimizeResult:
             VerificationError: What onnxruntime computes differs from the original model.
         """
         start = time.perf_counter()
-        info = capture_info(self.graph_module)
-        if verify and self._baseline is None:
-            self._baseline = baseline_of(self.original, info)
-        done = export_onnx(
-            self.module, info, path, verify=verify, baseline=self._baseline if verify else None
-        )
+        baseline = self._proof.baseline if verify else None
+        done = export_onnx(self.module, self._proof.info, path, verify=verify, baseline=baseline)
         record = OnnxFile(done.path, done.size_bytes, done.opset, done.external_data, done.verdict)
         after = replace(self.report.after, size_bytes=done.size_bytes)
         seconds = {**self.report.seconds, "export": time.perf_counter() - start}
         self.report = replace(self.report, onnx=record, after=after, seconds=seconds)
         if measure:
-            self._measure(done.path, info)
+            self._measure(done.path)
         return done
 
-    def _measure(self, path: str, info: CaptureInfo) -> None:
+    def _measure(self, path: str) -> None:
         """Put size and latency of the original's and the result's ONNX file into the report."""
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            original = export_onnx(
-                reference_of(self.original), info, Path(folder) / "original.onnx", verify=False
-            )
-            tensors = example_of(info).tensors()
-            before, after = latency_ms([original.path, path], tensors)
+            copy = Path(folder) / "original.onnx"
+            original = export_onnx(restore(self._proof.captured), self._proof.info, copy, verify=False)
+            before, after = latency_ms([original.path, path], self._proof.example.tensors())
         self.report = replace(
             self.report,
             before=replace(self.report.before, size_bytes=original.size_bytes, latency_ms=before),
@@ -99,7 +95,7 @@ class OptimizeResult:
             ExportError: The result cannot be exported, or the file not written.
         """
         target = Path(path)
-        info = capture_info(self.graph_module)
+        info = self._proof.info
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp.pt2")
         try:
             exported = export_model(
