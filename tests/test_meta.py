@@ -1,4 +1,4 @@
-"""What every pass in the list owes: a unique name, a file, a test file, a README line, a sound declaration."""
+"""What every pass in the list owes: a unique name, a file, a test file, a README line, a declaration."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_folder_refuses_another_name() -> None:
     spec = importlib.util.spec_from_file_location("passes", path)
     assert spec is not None
     assert spec.loader is not None
-    with pytest.raises(ImportError, match="expected 'graphsurgery.passes'"):
+    with pytest.raises(ImportError, match=r"expected 'graphsurgery\.passes'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
