@@ -1,0 +1,170 @@
+"""What the commands do, apart from printing the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from torch import nn
+
+import graphsurgery as gs
+from graphsurgery.cli.errors import UsageError
+from graphsurgery.cli.inputs import example_inputs
+from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
+from graphsurgery.cli.outputs import check_writable, staged
+from graphsurgery.cli.progress import progress
+from graphsurgery.report.codec import to_plain
+
+__all__ = ["Outcome", "Request", "describe_passes", "inspect", "optimize", "verdict_json", "verify"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `optimize` was asked for.
+
+    Attributes:
+        model: MODEL as given.
+        inputs: The `--input` options.
+        passes: Names of passes; None for the default ones.
+        verify: When to verify.
+        output: Where the ONNX file goes.
+        save: Where the exported program goes.
+        report: Where the JSON report goes.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    passes: tuple[str, ...] | None
+    verify: Literal["final", "each-pass", "off"]
+    output: Path | None
+    save: Path | None
+    report: Path | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `optimize` did.
+
+    Attributes:
+        report: The report.
+        ok: Whether nothing that was verified differed.
+        written: Files that were written.
+    """
+
+    report: gs.Report
+    ok: bool
+    written: tuple[Path, ...]
+
+
+def optimize(request: Request, console: Console) -> Outcome:
+    """Load, fold, verify and write; no file is left behind when one of them cannot be made.
+
+    Raises:
+        UsageError: The request cannot be carried out as given.
+        GraphSurgeryError: As raised by the pipeline.
+    """
+    gs.passes.select(request.passes)  # an unknown name is said before any work is done
+    outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
+    check_writable(outputs)
+    loaded, inputs = _load(request.model, list(request.inputs))
+    with progress(console) as on_event:
+        result = gs.optimize(
+            loaded.model, inputs, passes=request.passes, verify=request.verify, on_event=on_event
+        )
+        ok = _verified(result.report)
+        if not ok:
+            return Outcome(result.report, False, ())
+        with ExitStack() as files:  # renamed only when the block has ended well
+            if request.save is not None:
+                result.save(files.enter_context(staged(request.save)))
+            if request.output is not None:
+                on_event(gs.Event("stage-start", "export to ONNX, run and measure", 0, 1))
+                result.export_onnx(request.output, verify=request.verify != "off", measure=True)
+            if request.report is not None:
+                text = result.report.to_json()
+                files.enter_context(staged(request.report)).write_text(text + "\n", encoding="utf-8")
+    return Outcome(result.report, True, tuple(path for path in outputs.values() if path is not None))
+
+
+def inspect(model: str, inputs: list[str], console: Console) -> gs.Report:
+    """Find what could be folded and what refuses.
+
+    Raises:
+        UsageError: The model or its inputs cannot be used.
+        GraphSurgeryError: As raised by the pipeline.
+    """
+    loaded, examples = _load(model, inputs)
+    with progress(console) as on_event:
+        return gs.inspect(loaded.model, examples, on_event=on_event)
+
+
+def verify(reference: str, candidate: str, inputs: list[str], console: Console) -> gs.Verdict:
+    """Compare two programs.
+
+    Raises:
+        UsageError: A side or its inputs cannot be used.
+        GraphSurgeryError: As raised by the verification.
+    """
+    sides = [_side(reference), _side(candidate)]
+    models = [side for side in sides if isinstance(side, LoadedModel)]
+    bringing = [side for side in models if side.example_inputs is not None]
+    examples = example_inputs(inputs, next(iter(bringing or models), None), reference)
+    with console.status("comparing") if console.is_terminal else ExitStack():
+        try:
+            return gs.verify(_program(sides[0]), _program(sides[1]), examples)
+        except (
+            gs.VerificationError
+        ) as error:  # a difference is returned; raised is what could not be compared
+            raise UsageError(str(error)) from error
+
+
+def describe_passes() -> list[dict[str, Any]]:
+    """Name, summary, default, what is preserved and options of every pass that can be named."""
+    return [
+        {
+            "name": name,
+            "summary": item.summary,
+            "default": item.default,
+            "preserves": dataclasses.asdict(item.preserves),
+            "options": {field.name: str(field.type) for field in dataclasses.fields(item)},
+        }
+        for name, item in gs.passes.available().items()
+    ]
+
+
+def verdict_json(verdict: gs.Verdict) -> str:
+    """The verdict as JSON text."""
+    return json.dumps(to_plain(verdict), indent=2, allow_nan=False)
+
+
+def _load(spec: str, inputs: list[str]) -> tuple[LoadedModel, Any]:
+    loaded = load_model(spec)
+    examples = example_inputs(inputs, loaded, spec)
+    reject_non_finite(loaded, spec)
+    return loaded, examples
+
+
+def _side(spec: str) -> LoadedModel | Path:
+    """One side of `verify`: an ONNX file or a model."""
+    if not spec.endswith(".onnx"):
+        return load_model(spec)
+    if not Path(spec).is_file():
+        raise UsageError(f"{spec} does not exist or is no file.")
+    return Path(spec)
+
+
+def _program(side: LoadedModel | Path) -> Any:
+    """What `gs.verify` takes for a side."""
+    if isinstance(side, Path):
+        return side
+    return side.model if isinstance(side.model, nn.Module) else side.model.module()
+
+
+def _verified(report: gs.Report) -> bool:
+    """Whether no comparison found a difference; a pass that was rolled back is not in the result."""
+    return report.verification is None or report.verification.ok

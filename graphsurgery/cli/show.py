@@ -1,0 +1,72 @@
+"""What the commands print: renderables, made from results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import graphsurgery as gs
+from graphsurgery.cli.run import Outcome
+from graphsurgery.report.text import render
+
+__all__ = ["inspection", "outcome", "passes", "verdict"]
+
+LINES_PER_GROUP = 12  # of changes or refusals; --json and --report hold them all
+
+
+def outcome(done: Outcome) -> list[RenderableType]:
+    """The report of `optimize` and the files it wrote."""
+    lines: list[RenderableType] = [render(done.report, limit=LINES_PER_GROUP)]
+    lines += [Text(f"wrote {path}") for path in done.written]
+    if not done.ok:
+        lines.append(Text("verification failed: nothing was written", style="bold red"))
+    return lines
+
+
+def inspection(found: gs.Report) -> list[RenderableType]:
+    """What could be folded and what refuses, in full."""
+    return [render(found), Text("nothing was changed", style="dim")]
+
+
+def verdict(result: gs.Verdict) -> list[RenderableType]:
+    """The verdict in one sentence, and a table of the outputs."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("output")
+    for heading in ("shape", "max error", "mean error", "rounding ratio", "top-1", "verdict"):
+        table.add_column(heading, justify="right")
+    for output in result.outputs:
+        top1 = f"{output.top1_agreed}/{output.top1_checked}" if output.top1_checked else "-"
+        ratio = "-" if output.rounding_ratio is None else f"{output.rounding_ratio:.2f}"
+        table.add_row(
+            output.name,
+            "x".join(map(str, output.shape)) or "scalar",
+            f"{output.max_error:.1e}",
+            f"{output.mean_error:.1e}",
+            ratio,
+            top1,
+            Text("ok", style="green") if output.ok else Text("different", style="bold red"),
+        )
+    lines: list[RenderableType] = [table]
+    lines += [Text(f"note: {note}") for note in result.notes]
+    sides = f"{result.candidate} against {result.reference}"
+    lines.append(Text(f"{sides}: {result.reason}", style="green" if result.ok else "bold red"))
+    return lines
+
+
+def passes(described: list[dict[str, Any]]) -> Table:
+    """The passes, in the order they run."""
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("pass", "does", "runs by default", "values", "options"):
+        table.add_column(heading)
+    for item in described:
+        table.add_row(
+            item["name"],
+            item["summary"],
+            "yes" if item["default"] else "when named",
+            item["preserves"]["values"],
+            ", ".join(item["options"]) or "-",
+        )
+    return table
