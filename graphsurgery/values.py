@@ -70,7 +70,8 @@ class Sizes:
         for node in graph.nodes:
             if not is_tensor(node):
                 continue
-            for axis, size in enumerate(tensor_meta(node).shape):
+            shape: tuple[int | torch.SymInt, ...] = tuple(tensor_meta(node).shape)
+            for axis, size in enumerate(shape):
                 if isinstance(size, int):
                     continue
                 expressions[size.node.expr] = None
@@ -95,7 +96,7 @@ class Sizes:
         """A size with every symbol taken as a large prime of its own."""
         if isinstance(size, int):
             return size
-        expr = size.node.expr
+        expr: sympy.Expr = size.node.expr
         if expr in self._prime_of:
             return self._prime_of[expr]
         factors = _factors(expr)
@@ -140,10 +141,8 @@ def _factors(expr: sympy.Expr) -> tuple[int, list[sympy.Symbol]] | None:
     return number, symbols
 
 
-def _hint(size: int | torch.SymInt, symbol: sympy.Symbol) -> int:
-    """The example's value of a symbol, from the shape environment of a size that holds it."""
-    if isinstance(size, int):
-        return size
+def _hint(size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    """The example's value of a symbol, from the shape environment of a size that holds it; 2 where unknown."""
     env = size.node.shape_env
     for table in ("backed_var_to_val", "var_to_val"):
         values = getattr(env, table, None)

@@ -2,8 +2,8 @@
 
 Heavy multiplications never rise. Among what does not raise them, the sum of floating-point operations and
 moved elements decides, then nodes, then parameters. A form must beat what it replaces, so that a second run
-finds nothing. Parameters may grow by a bias; by more only where heavy multiplications fall, and within a
-stated factor.
+finds nothing. Parameters may grow by a bias; by more only where layers and multiplications become fewer, and
+within a stated factor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.forms import Form, candidates
-from graphsurgery.affine.program import Reshape
+from graphsurgery.affine.program import Pad, Permute, Reshape
 from graphsurgery.affine.program import cost as program_cost
 from graphsurgery.affine.region import Region
 from graphsurgery.cost import Cost
@@ -62,18 +62,31 @@ def _symbolic_views(region: Region, form: Form) -> bool:
     return any(sum(any(n % p == 0 for p in primes) for n in shape) > 1 for shape in views)
 
 
-def objection(before: Cost, option: Option, max_param_growth: float) -> str | None:
-    """Why a form does not pay, in one sentence with both costs; None where it does."""
+def _moving(form: Form) -> int:
+    return sum(isinstance(step, (Reshape, Permute, Pad)) for step in form.steps)
+
+
+def objection(region: Region, before: Cost, option: Option, max_param_growth: float) -> str | None:
+    """Why a form does not pay, in one sentence with both costs; None where it does.
+
+    Args:
+        region: the region. A single layer is neither blown up nor wrapped in views to save its padding.
+        before: what it costs now.
+        option: the form.
+        max_param_growth: how many times the parameters the form may have.
+    """
     after = option.cost
     both = f"now {before}; as one {option.form.kind} {after}"
     if after.macs > before.macs:
         return f"folding would take more multiplications: {both}"
     if score(after) >= score(before):
         return f"folding would not be cheaper: {both}"
+    if region.layers == 1 and _moving(option.form) > region.moving:
+        return f"the layer would need more views and permutes around it: {both}"
     bias = option.form.slots.get("bias", (0,))[0]
-    if after.macs < before.macs:
+    if after.macs < before.macs and region.layers > 1:
         if after.params > max_param_growth * before.params:
             return f"folding would take more than {max_param_growth:g} times the parameters: {both}"
     elif after.params > before.params + bias:
-        return f"folding would take more parameters and save no multiplications: {both}"
+        return f"folding would take more parameters and save no layer or no multiplications: {both}"
     return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graphsurgery.affine.closed import closed_form
+from graphsurgery.affine.closed import closed_form, permuted_kernel
 from graphsurgery.affine.forms import Form, Roles, interior
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
@@ -56,7 +56,9 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
     slots: dict[str, torch.Tensor] = {}
     method = "closed"
     if "weight" in form.slots or "scale" in form.slots:
-        kernel, method = _Probe(region, roles).linear_part(budget)
+        kernel = permuted_kernel(region, form)
+        if kernel is None:
+            kernel, method = _Probe(region, roles).linear_part(budget)
         if "scale" in form.slots:
             slots["scale"] = _spread(kernel.flatten(), roles, roles.varied, roles.exit, form.slots["scale"])
         else:

@@ -35,13 +35,15 @@ def _norm(scope: Scope, node: fx.Node) -> Iterator[Declined]:
     live = rules.live_operand(node, scope.constant)
     if live is None:
         return
-    before, shared = _towards_entry(scope, node, live)
+    before, shared = _towards_entry(scope, live)
     after = _towards_exit(scope, node)
-    if is_heavy(before) and is_member(scope, before) and not shared:
+    if is_heavy(before) and is_member(scope, before) and shared is None:
         return  # the chain between them has its own finding
-    if shared and is_heavy(before):
+    if shared is not None and is_heavy(before):
         code = "several-users"
-        cause = f"the value of {_called(before)} before it is also read by {_others(before, node)}"
+        cause = (
+            f"the value of {_called(shared)} before it has {len(shared.users)} readers ({_readers(shared)})"
+        )
     else:
         code = "not-affine"
         cause = f"{_called(before)} before it is not a layer that it folds into"
@@ -54,11 +56,11 @@ def _norm(scope: Scope, node: fx.Node) -> Iterator[Declined]:
     yield Declined((node,), code, f"the norm stays: {cause}, and {behind}")
 
 
-def _towards_entry(scope: Scope, node: fx.Node, live: fx.Node) -> tuple[fx.Node, bool]:
-    """The nearest layer or other call before a call, and whether a value on the way is read elsewhere."""
-    shared = False
+def _towards_entry(scope: Scope, live: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The nearest layer or other call up to a value, and the first value on the way read elsewhere."""
+    shared = None
     while True:
-        shared |= len(live.users) > 1
+        shared = live if shared is None and len(live.users) > 1 else shared
         if is_heavy(live) or not is_member(scope, live):
             return live, shared
         operand = rules.live_operand(live, scope.constant)
@@ -122,9 +124,6 @@ def _called(node: fx.Node) -> str:
     return f"{op_name(node)} {path!r}" if path else f"{op_name(node)} {node.name!r}"
 
 
-def _others(node: fx.Node, reader: fx.Node) -> str:
-    others = [user for user in node.users if user is not reader]
-    return (
-        ", ".join(_called(user) if user.op != "output" else "the output" for user in others[:3])
-        or "another call"
-    )
+def _readers(node: fx.Node) -> str:
+    readers = [_called(user) if user.op != "output" else "the output" for user in node.users]
+    return ", ".join(readers[:3] + (["..."] if len(readers) > 3 else []))

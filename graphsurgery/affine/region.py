@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.atoms import Axes
-from graphsurgery.cost import Cost, node_cost, op_name
+from graphsurgery.cost import Cost, kind_of, node_cost, op_name
 from graphsurgery.graph import get_attr_value
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 
@@ -120,15 +120,18 @@ class Region:
 
     Attributes:
         scope: the graph.
-        entry: the live value that the region reads.
         nodes: its calls; the last one is the exit.
         axes: what it does to the axes of the entry.
     """
 
     scope: Scope
-    entry: fx.Node
     nodes: tuple[fx.Node, ...]
     axes: Axes = field(compare=False)
+
+    @property
+    def entry(self) -> fx.Node:
+        """The live value that the region reads; another node once the stretch before it was rewritten."""
+        return next(o for o in self.nodes[0].all_input_nodes if o not in self.scope.constant and is_tensor(o))
 
     @property
     def exit(self) -> fx.Node:
@@ -139,6 +142,16 @@ class Region:
     def heavy(self) -> tuple[fx.Node, ...]:
         """The calls that multiply by weights."""
         return tuple(node for node in self.nodes if is_heavy(node))
+
+    @property
+    def layers(self) -> int:
+        """How many calls multiply by weights or pool."""
+        return sum(is_heavy(node) or "pool" in op_name(node) for node in self.nodes)
+
+    @property
+    def moving(self) -> int:
+        """How many calls only view or permute."""
+        return sum(kind_of(node) == "movement" for node in self.nodes)
 
     def cost(self) -> Cost:
         """What the region costs now, per sample; of the parameters those that only it reads."""

@@ -52,9 +52,8 @@ class Declined:
 
 @dataclass(frozen=True)
 class Chain:
-    """A straight run of affine calls and the live value that it starts from."""
+    """A straight run of affine calls."""
 
-    entry: fx.Node
     nodes: tuple[fx.Node, ...]
 
 
@@ -74,9 +73,7 @@ def chains(scope: Scope) -> Iterator[Chain]:
         run = [node]
         while run[-1] in follows:
             run.append(follows[run[-1]])
-        entry = rules.live_operand(node, scope.constant)
-        if entry is not None:
-            yield Chain(entry, tuple(run))
+        yield Chain(tuple(run))
 
 
 def is_member(scope: Scope, node: fx.Node) -> bool:
@@ -96,8 +93,7 @@ class ChainSearch:
 
     def region(self, start: int, stop: int, axes: Axes) -> Region:
         """The stretch of calls from `start` up to `stop`, exclusive."""
-        entry = self.chain.nodes[start - 1] if start else self.chain.entry
-        return Region(self.scope, entry, self.chain.nodes[start:stop], axes)
+        return Region(self.scope, self.chain.nodes[start:stop], axes)
 
     def walk(self, start: int) -> Iterator[tuple[int, Axes]]:
         """The axes of every stretch that starts at a cut, shortest first.
@@ -106,7 +102,7 @@ class ChainSearch:
             NoFold: the next call cannot be part of a stretch from this cut.
         """
         nodes = self.chain.nodes
-        live = nodes[start - 1] if start else self.chain.entry
+        live = self.region(start, start + 1, _NO_AXES).entry
         axes = Axes.entry(self.scope.shape(live), self.scope.primes)
         for stop in range(start, self.size):
             axes = rules.apply(rules.Step(nodes[stop], live, axes, self.scope.sizes))
@@ -155,7 +151,7 @@ class ChainSearch:
                     found = options(region)
                 except NoFold:
                     continue
-                option = next((o for o in found if objection(before, o, self.growth) is None), None)
+                option = next((o for o in found if objection(region, before, o, self.growth) is None), None)
                 if option is not None:
                     yield Fold(region, option, before)
         except NoFold:
@@ -170,7 +166,7 @@ class ChainSearch:
                 region = self.region(first, second + 1, self.axes(first, second + 1))
                 before = region.cost()
                 option = options(region)[0]
-                reason = objection(before, option, self.growth)
+                reason = objection(region, before, option, self.growth)
                 if reason is not None:
                     code, cause = self._cause(region)
                     yield Declined(
