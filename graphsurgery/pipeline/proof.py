@@ -119,7 +119,7 @@ class Proof:
         Raises:
             VerificationError: No pass is to blame: what was captured, or what is restored from it, differs.
         """
-        failures = list(result.failures)
+        failures, seconds = list(result.failures), dict(result.seconds)
         remaining = manager.passes
         while not (verdict := self.baseline.compare(module)).ok:
             step, reason = self._culprit(result, verdict)
@@ -129,8 +129,10 @@ class Proof:
             remaining = tuple(item for item in remaining if item.name not in failed)
             result = PassManager(remaining, check=manager.check, on_event=manager.on_event)(self.captured)
             failures += result.failures
+            for name, spent in result.seconds.items():
+                seconds[name] += spent
             module = restore(result.graph_module)
-        return replace(result, failures=tuple(failures)), module, verdict
+        return replace(result, failures=tuple(failures), seconds=seconds), module, verdict
 
     def _tell(self, manager: PassManager, failure: PassFailure) -> None:
         if self._on_event is not None:

@@ -1,22 +1,21 @@
 """Fingerprints of graphs and tensors, cheap enough to be taken around every pass.
 
 `graphsurgery.graph.structural_hash` hashes every parameter byte, at about 0.3 GB/s. The pass manager asks one
-question only, "is this still the same?", around every pass, also about tensors that were written behind
-torch's back (through `.data` or numpy, which no version counter sees). So it reads the contents too, but as
-sums of machine words over the rows and columns of a table, which runs near the speed of memory. Sums can
+question only, "is this still the same?", and asks it around every pass. So contents enter as sums of machine
+words over the rows and columns of a table, which runs near the speed of memory, and once per tensor. Sums can
 collide for contents made to collide; where two tensors are to be merged, `same_bits` decides.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["fingerprint", "held_tensors", "same_bits", "tensor_digest", "tensor_digests"]
+__all__ = ["Ledger", "fingerprint", "held_tensors", "same_bits", "tensor_digest"]
 
 _ROW = 1024
 
@@ -49,25 +48,49 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(_bytes(a), _bytes(b))
 
 
-def tensor_digests(gm: fx.GraphModule, known: Mapping[int, bytes] | None = None) -> dict[int, bytes]:
-    """Digest of every parameter, buffer and constant that `gm` holds, by `id` of the tensor.
+class Ledger:
+    """Digests of tensors, each taken when the tensor is first seen; tells which have been written since.
 
-    Args:
-        gm: The graph module.
-        known: Digests that were just taken of tensors `gm` may share; they are not taken again.
+    A write through torch bumps the tensor's version, which costs nothing to ask for; a write behind torch's
+    back (`.data`, numpy) shows only when the contents are read again.
     """
-    known = known or {}
-    return {id(t): known.get(id(t)) or tensor_digest(t) for _, t in held_tensors(gm)}
+
+    def __init__(self) -> None:
+        self._seen: dict[
+            int, tuple[torch.Tensor, int, bytes]
+        ] = {}  # holds the tensors, so that ids stay theirs
+
+    def digest(self, tensor: torch.Tensor) -> bytes:
+        """Digest of `tensor` as it was first seen."""
+        if id(tensor) not in self._seen:
+            self._seen[id(tensor)] = (tensor, _version(tensor), tensor_digest(tensor))
+        return self._seen[id(tensor)][2]
+
+    def written(self, *, contents: bool) -> frozenset[int]:
+        """`id` of every tensor that no longer holds what it held.
+
+        Args:
+            contents: Read all of them again; else only those that say they were written.
+        """
+        return frozenset(
+            key
+            for key, (tensor, version, digest) in self._seen.items()
+            if (contents or version != _version(tensor)) and tensor_digest(tensor) != digest
+        )
 
 
-def fingerprint(gm: fx.GraphModule, digests: Mapping[int, bytes]) -> str:
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def fingerprint(gm: fx.GraphModule, digest_of: Callable[[torch.Tensor], bytes] = tensor_digest) -> str:
     """Hash of a graph and what it holds: signature, targets, arguments, wiring, names, contents of tensors.
 
     Node names and `node.meta` are left out.
 
     Args:
         gm: The graph module.
-        digests: What `tensor_digests(gm)` gave.
+        digest_of: Digest of a tensor, as `Ledger.digest`.
     """
     digest = hashlib.blake2b(digest_size=16)
     index = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -78,7 +101,7 @@ def fingerprint(gm: fx.GraphModule, digests: Mapping[int, bytes]) -> str:
     digest.update(f"{type(codegen).__name__}|{getattr(codegen, 'pytree_info', None)}\n".encode())
     for name, tensor in sorted(held_tensors(gm), key=lambda item: item[0]):
         kind = type(tensor).__name__
-        digest.update(f"{name}|{kind}|{tensor.requires_grad}|".encode() + digests[id(tensor)])
+        digest.update(f"{name}|{kind}|{tensor.requires_grad}|".encode() + digest_of(tensor))
     return digest.hexdigest()
 
 

@@ -28,7 +28,7 @@ from graphsurgery.errors import GraphSurgeryError, PassError
 from graphsurgery.graph import copy_graph_module
 from graphsurgery.rewrite.checks import Finding, check_graph, check_values, run_graph, wrong_result
 from graphsurgery.rewrite.contracts import Change, Pass, PassResult, Refusal
-from graphsurgery.rewrite.fingerprint import fingerprint, held_tensors, tensor_digests
+from graphsurgery.rewrite.fingerprint import Ledger, fingerprint, held_tensors
 
 __all__ = ["CheckResult", "Event", "ManagerResult", "PassFailure", "PassManager", "Step"]
 
@@ -197,16 +197,10 @@ class PassManager:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A graph with what was measured of it."""
+    """A graph and its fingerprint."""
 
     gm: fx.GraphModule
-    digests: dict[int, bytes]
     print: str
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule, known: dict[int, bytes] | None = None) -> _Snapshot:
-        digests = tensor_digests(gm, known)
-        return cls(gm, digests, fingerprint(gm, digests))
 
 
 class _Run:
@@ -215,17 +209,19 @@ class _Run:
     def __init__(self, manager: PassManager, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.manager = manager
         self.inputs = example_inputs
-        self.current = _Snapshot.of(gm)
+        self.ledger = Ledger()
+        self.current = self._snapshot(gm)
         self.outputs: list[Any] | None = None if example_inputs is None else run_graph(gm, example_inputs)
         self.steps: list[Step] = []
         self.failures: list[PassFailure] = []
         self.refusals: dict[int, tuple[Refusal, ...]] = {}
-        self.settled: dict[
-            int, str
-        ] = {}  # pass index -> fingerprint of the graph in which it last found nothing to do
+        self.settled: dict[int, str] = {}  # pass -> fingerprint of the graph in which it found nothing to do
         self.disabled: set[int] = set()
         self.seconds: dict[str, float] = {}
         self.round = 0
+
+    def _snapshot(self, gm: fx.GraphModule) -> _Snapshot:
+        return _Snapshot(gm, fingerprint(gm, self.ledger.digest))
 
     def to_fixed_point(self) -> ManagerResult:
         changed = True
@@ -235,6 +231,7 @@ class _Run:
             for index in range(len(self.manager.passes)):
                 if index not in self.disabled and self.settled.get(index) != self.current.print:
                     changed |= self._run_pass(index)
+        self._refuse_written_tensors([item.name for item in self.manager.passes], contents=True)
         if changed:
             reason = f"the graph still changed in round {self.round}; the passes may undo each other"
             self.failures.append(PassFailure(self.steps[-1].pass_name, "no-fixed-point", reason, self.round))
@@ -283,28 +280,30 @@ class _Run:
             finding = "raised", str(error)
         except Exception as error:  # noqa: BLE001 (a pass is foreign code)
             finding = "raised", f"raised {type(error).__name__}: {str(error).strip() or 'no message'}"
-        given_now = _Snapshot.of(given, None)
-        self._refuse_written_tensors(declared, given_now)
+        self._refuse_written_tensors([declared.name], contents=False)
         finding = finding or wrong_result(result)
-        if finding is None and given_now.print != before.print:
+        if finding is None and self._snapshot(given).print != before.print:
             finding = "input-modified", "modified the graph it was given instead of a copy"
         if finding is not None or result is None:
             return None, before, finding
-        after = _Snapshot.of(result.graph_module, given_now.digests)
+        after = self._snapshot(result.graph_module)
         if not result.changes and after.print != before.print:
             finding = "false-no-change", "reports no change but handed back another graph"
         elif result.changes and after.print == before.print:
             finding = "false-change", f"reports {len(result.changes)} changes but handed back the same graph"
         return result, after, finding
 
-    def _refuse_written_tensors(self, declared: Pass, given: _Snapshot) -> None:
+    def _refuse_written_tensors(self, suspects: list[str], *, contents: bool) -> None:
         """A tensor written in place is lost for every graph that shares it."""
-        now = tensor_digests(self.current.gm, given.digests)
-        written = {key for key, digest in now.items() if digest != self.current.digests[key]}
+        written = self.ledger.written(contents=contents)
         if written:
-            names = sorted(name for name, t in held_tensors(self.current.gm) if id(t) in written)
+            graphs = [self.current.gm, *(step.graph_module for step in self.steps)]
+            names = sorted({name for gm in graphs for name, t in held_tensors(gm) if id(t) in written})
+            who = (
+                f"pass {suspects[0]!r}" if len(suspects) == 1 else f"one of the passes {', '.join(suspects)}"
+            )
             raise PassError(
-                f"pass {declared.name!r} wrote into {', '.join(names)} in place, which all graphs share: "
+                f"{who} wrote into {', '.join(names)} in place, which all graphs share: "
                 "expected a new tensor under a new attribute; load the model anew and leave the pass out"
             )
 

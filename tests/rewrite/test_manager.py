@@ -265,6 +265,14 @@ def test_a_tensor_written_in_place_raises(gm: fx.GraphModule, through: str) -> N
         PassManager([scripted(write)])(gm)
 
 
+def test_a_hidden_write_names_all_who_may_have_done_it(gm: fx.GraphModule) -> None:
+    def write(out: fx.GraphModule) -> None:
+        get_attr_value(out, "fc.weight").data[0, 0] += 1e-6
+
+    with pytest.raises(PassError, match=r"one of the passes drop-one-relu, culprit wrote into fc\.weight"):
+        PassManager([DropOneRelu(), scripted(write, says=False)])(gm)
+
+
 def test_a_new_tensor_under_an_old_name_is_fine(gm: fx.GraphModule, inputs: tuple[torch.Tensor]) -> None:
     def double(out: fx.GraphModule) -> None:
         set_attr(out, "fc.weight", get_attr_value(out, "fc.weight").detach() * 2, parameter=True)
