@@ -12,9 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphsurgery.errors import GraphSurgeryError, VerificationError
 from graphsurgery.verify.compare import (
-    ELEMENTARY_ULPS,
+    FLOAT64_EPS,
     ORDER_OF_SUMMATION,
-    STORED_ULPS,
     STORED_WEIGHTS,
     Yardstick,
     canonical,
@@ -27,7 +26,8 @@ from graphsurgery.verify.verdict import Verdict
 
 __all__ = ["Baseline", "Output"]
 
-_DRAWS_FULL, _DRAWS_LEAN = 2, 1
+_DRAWS = 6
+"""Nudged runs of a small model; a dear one gets fewer, down to one."""
 _DECISION_ULPS = 16.0
 """How far the data are moved to find the integers that hang on rounding (an argmax near a tie)."""
 
@@ -97,9 +97,11 @@ class Baseline:
         self.seed = seed
         self.notes: list[str] = []
         example = as_inputs(inputs)
+        flops = self._flops(example, dynamic_batch)
         if samples is None:
-            samples = samples_for(self._flops(example, dynamic_batch))
+            samples = samples_for(flops)
         self.full = samples >= len(CASES)
+        self.draws = max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
         self.batches, native = self._run_native(
             battery(example, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
         )
@@ -175,7 +177,7 @@ class Baseline:
         self.anchor = f"{self.runner.name} itself, no float64 anchor"
         self.notes.append(
             f"no float64 anchor for {self.runner.name}: {reason}; errors are measured from its own "
-            "outputs, and the bound from how far these move when its parameters and inputs move by a unit in the last place"
+            "outputs, the bound from how far these move when its data move by a unit in the last place"
         )
         return None
 
@@ -192,11 +194,11 @@ class Baseline:
                 [a != v for a, v in zip(anchor, values, strict=True)],
             )
             if output.is_float:
-                output.yardstick = self._yardstick(output, ORDER_OF_SUMMATION, ELEMENTARY_ULPS)
+                output.yardstick = self._yardstick(output, ORDER_OF_SUMMATION)
             found.append(output)
         return found
 
-    def _yardstick(self, output: Output, program: float, ulps: float, runs: int | None = None) -> Yardstick:
+    def _yardstick(self, output: Output, program: float, runs: int | None = None) -> Yardstick:
         info = torch.finfo(output.native[0].dtype)
         return Yardstick(
             [self.canonical(value, i) for i, value in enumerate(output.anchor[:runs])],
@@ -205,8 +207,13 @@ class Baseline:
             info.eps,
             info.tiny,
             program,
-            ulps,
+            # Without rows that are cases, the leading axis may be batch or channels: look at both.
+            (1, -1) if all(self._has_rows(v, run) for run, v in enumerate(output.anchor)) else (1, 2, -1),
         )
+
+    def _has_rows(self, value: Tensor, run: int) -> bool:
+        batch = self.batches[run]
+        return batch.stacked and value.ndim > 0 and value.shape[0] == len(batch.cases)
 
     def canonical(self, value: Tensor, run: int) -> Tensor:
         """Return an output of one run as (case, ...) in float64."""
@@ -221,15 +228,14 @@ class Baseline:
                 if output.yardstick is not None:
                     values = [self.canonical(value, run) for run, value in enumerate(output.native)]
                     output.yardstick.add_draw(values, reference=True)
-        draws = _DRAWS_FULL if self.full else _DRAWS_LEAN
-        done = sum(self._nudge(_SEED_OF_NOISE + draw, 1.0) for draw in range(draws))
+        done = sum(self._nudge(_SEED_OF_NOISE + draw, 1.0) for draw in range(self.draws))
         if done == 0:
             self.notes.append(
                 f"{self.runner.name} cannot be run with its data moved, so the bound holds little more than "
                 "the rounding of its own run"
             )
         if not all(output.is_float for output in self.outputs):
-            for draw in range(_DRAWS_FULL):
+            for draw in range(max(2, self.draws)):
                 self._nudge(_SEED_OF_NOISE + 100 + draw, _DECISION_ULPS, integers=True)
 
     def _nudge(self, seed: int, ulps: float, *, integers: bool = False) -> bool:
@@ -246,8 +252,8 @@ class Baseline:
             values = [outputs[output.name] for outputs in found]
             if output.yardstick is not None and not integers:
                 output.yardstick.add_draw([self.canonical(v, run) for run, v in enumerate(values)])
-                for mask, value in zip(output.overflowed, values, strict=True):
-                    mask |= ~value.isfinite()
+                for mask, value, anchor in zip(output.overflowed, values, output.anchor, strict=True):
+                    mask |= anchor.isfinite() & ~value.isfinite()
             elif not output.is_float:
                 for mask, value, anchor in zip(output.undecided, values, output.anchor, strict=True):
                     mask |= value != anchor
@@ -266,18 +272,27 @@ class Baseline:
             return runs
         if self.anchor.endswith("no float64 anchor"):
             return None
-        runner = self.runner.float64_stored(_SEED_OF_NOISE)
-        found = [runner.run(batch.inputs) for batch in self.batches[:runs]]
         for output in floats:
-            output.stored = self._yardstick(output, STORED_WEIGHTS, STORED_ULPS, runs)
-            output.stored.add_draw([self.canonical(o[output.name], run) for run, o in enumerate(found)])
+            output.stored = self._yardstick(output, STORED_WEIGHTS, runs)
+            output.stored.eps = FLOAT64_EPS
+        for draw in range(self.draws):
+            runner = self.runner.float64_stored(_SEED_OF_NOISE + draw)
+            found = [runner.run(batch.inputs) for batch in self.batches[:runs]]
+            for output in floats:
+                if output.stored is not None:
+                    values = [self.canonical(o[output.name], run) for run, o in enumerate(found)]
+                    output.stored.add_draw(values)
+        for output in floats:
+            if output.stored is not None and output.yardstick is not None:
+                # What rounding does in the native dtype it does in float64 too, in proportion.
+                output.stored.add_noise_of(output.yardstick, FLOAT64_EPS / output.yardstick.eps)
         return runs
 
     def _require_something(self) -> None:
         if not any(value.numel() for output in self.outputs for value in output.native):
             raise VerificationError(
-                f"{self.runner.name} returned no values on the example ({len(self.outputs)} outputs): nothing "
-                "can be compared; expected at least one tensor with elements"
+                f"{self.runner.name} returned {len(self.outputs)} outputs without values on the example: "
+                "nothing can be compared; expected at least one tensor with elements"
             )
         if all(bool(value.isnan().all()) for output in self.outputs for value in output.native):
             raise VerificationError(

@@ -28,6 +28,10 @@ the noise is smoothed by what the other cases and channels say, never by a large
     p[g] = rms_s( noise[s,g] / max_g noise[s,:] ),  q[g] likewise from scale,  r = median( noise / usual scale
     )
 
+A case whose noise is as great as its values is nothing but rounding (a normalisation of a constant map, whose
+exact value is zero): there channels mean nothing, and T is the case's greatest noise. An output of which
+every case is such is inconclusive, which is not a pass.
+
 The candidate passes when, for every s and g,
 
     error[s,g] <= factor * T[s,g] + floor[s,g]
@@ -39,9 +43,10 @@ candidate is judged on (m in each of N slices), exceeded with probability `a` = 
 m k values that one entry of the table was made from. `c` = 4 is for programs that add in another order: the
 error of a sum of n terms grows between sqrt(log n) (pairwise) and sqrt(n / 2) (one after the other) for terms
 of random sign [Higham, Mary 2019], and between the blocked sums of the kernels in use that ratio stays below
-4. In float64, where the sums are exact by comparison and only the storage of the weights is left, `c` = 2 and
-the floor is one unit. The floor covers the last operation alone: elementary functions of the runtimes in use
-are good to 4 units in the last place.
+4. In float64, where the sums are
+exact by comparison and only the storage of weights and constants is left, `c` = 2 and `eps` is that of
+float64. The floor covers the last operation alone: elementary functions of the runtimes in use are good to 4
+units.
 """
 
 from __future__ import annotations
@@ -56,8 +61,8 @@ from graphsurgery.verify.verdict import Comparison
 
 __all__ = [
     "ELEMENTARY_ULPS",
+    "FLOAT64_EPS",
     "ORDER_OF_SUMMATION",
-    "STORED_ULPS",
     "STORED_WEIGHTS",
     "Yardstick",
     "allowed_factor",
@@ -76,8 +81,8 @@ FALSE_ALARM = 1e-6
 ELEMENTARY_ULPS = 4.0
 """Units in the last place by which elementary functions may be off: the floor where programs round."""
 
-STORED_ULPS = 1.0
-"""The floor in float64: a scale and a shift, each stored with half a unit of rounding."""
+FLOAT64_EPS = 2.0**-52
+"""Unit of the floor where both programs are run in float64."""
 
 
 def allowed_factor(slices: int, elements: int, draws: int, program: float) -> float:
@@ -111,10 +116,10 @@ class Yardstick:
         anchors: One tensor (case, ...) in float64 per run.
         cases: Names of the cases of each run, one per row.
         shapes: The output's own shape in each run, a last axis of 2 added if it is complex.
-        eps: Distance from 1 to the next number of the output's dtype.
+        eps: Distance from 1 to the next number of the dtype that the programs are run in.
         smallest: Smallest normal number of that dtype.
         program: `c` of the module's docstring.
-        ulps: Units in the last place of the floor.
+        axes: Axes along which slices are taken; those that an output does not have are left out.
     """
 
     anchors: list[Tensor]
@@ -123,7 +128,7 @@ class Yardstick:
     eps: float
     smallest: float
     program: float
-    ulps: float
+    axes: tuple[int, ...] = (1, -1)
     draws: int = 0
     reference: _Spread | None = None
     noise: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -141,8 +146,15 @@ class Yardstick:
         if reference:
             self.reference = _spread(errors, self.anchors)
 
+    def add_noise_of(self, other: Yardstick, share: float) -> None:
+        """Take `share` of the noise that was measured in another precision; no draw of its own."""
+        for axis, noise in self.noise.items():
+            pairs = zip(noise, other.noise.get(axis, []), strict=False)
+            self.noise[axis] = [torch.maximum(own, share * there) for own, there in pairs] or noise
+
     def _axes(self) -> tuple[int, ...]:
-        return (1,) if all(anchor.ndim == 2 for anchor in self.anchors) else (1, -1)
+        ndim = min(anchor.ndim for anchor in self.anchors)
+        return tuple(sorted({axis % ndim for axis in self.axes if axis < ndim}))
 
     def judge(self, outputs: list[Tensor], precision: str) -> Comparison:
         """Compare a candidate's outputs, one (case, ...) float64 tensor per run; only finite values count."""
@@ -164,6 +176,7 @@ class Yardstick:
             factor=worst.factor,
             factor_needed=worst.factor * max(part.needed for part in parts),
             resolution=min(part.resolution for part in parts),
+            best_resolution=min(part.best for part in parts),
             worst_case=self.cases[run][min(case, len(self.cases[run]) - 1)],
             worst_index=_unravel(flat, self.shapes[run]),
             worst_expected=float(self.anchors[run].flatten()[flat]),
@@ -185,11 +198,11 @@ class Yardstick:
             level = _level(noise, scale, [noises[i] for i in alike], [scales[i] for i in alike])
             elements = anchor.numel() // max(1, scale.numel())
             factor = allowed_factor(slices, elements, self.draws, self.program)
-            levels.append((factor, level, self.ulps * self.eps * scale + self.smallest))
+            levels.append((factor, level, ELEMENTARY_ULPS * self.eps * scale + self.smallest))
         return levels
 
     def _judge_axis(self, errors: list[Tensor], axis: int) -> _Part:
-        best = _Part(-1.0, 0.0, 1.0, math.inf, (0, 0, 0))
+        best = _Part(-1.0, 0.0, 1.0, 0.0, 0.0, (0, 0, 0))
         needed, resolutions = 0.0, []
         for run, (factor, level, floor) in enumerate(self._levels(axis)):
             error = _slice_max(errors[run], axis)
@@ -200,15 +213,15 @@ class Yardstick:
             needed = max(needed, float(used.max()))
             bound = factor * level + floor
             scale = _slice_max(_finite(self.anchors[run]).abs(), axis)
-            resolutions.append((bound / scale)[scale > 0])
+            resolutions.append((bound / scale)[scale > self.smallest / self.eps])
             share = error / bound
             if float(share.max()) > best.share:
                 case, channel = divmod(int(share.argmax()), share.shape[1])
                 flat = _flat_index(errors[run], axis, case, channel)
-                best = _Part(float(share.max()), 0.0, factor, math.inf, (run, case, flat))
+                best = _Part(float(share.max()), 0.0, factor, 0.0, 0.0, (run, case, flat))
         known = torch.cat(resolutions) if resolutions else torch.empty(0)
-        resolution = float(known.median()) if known.numel() else 0.0
-        return _Part(best.share, needed, best.factor, resolution, best.place)
+        middle, least = (float(known.median()), float(known.min())) if known.numel() else (0.0, 0.0)
+        return _Part(best.share, needed, best.factor, middle, least, best.place)
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,7 @@ class _Part:
     needed: float
     factor: float
     resolution: float
+    best: float
     place: tuple[int, int, int]
 
 
@@ -271,7 +285,7 @@ def _slice_max(value: Tensor, axis: int) -> Tensor:
 
 def _flat_index(error: Tensor, axis: int, case: int, channel: int) -> int:
     mask = torch.zeros_like(error, dtype=torch.bool)
-    mask[case].select(axis - 1 if axis > 0 else axis, channel).fill_(True)
+    mask[case].select(axis - 1, channel).fill_(True)
     return int(torch.where(mask, error, torch.full_like(error, -1.0)).argmax())
 
 
@@ -293,6 +307,6 @@ def _level(noise: Tensor, scale: Tensor, noises: list[Tensor], scales: list[Tens
     expected = torch.cat(scales).amax(1, keepdim=True) * usual
     relative = (torch.cat(noises) / expected)[expected > 0]
     typical = float(relative.median()) if relative.numel() else 0.0
-    by_noise = noise.amax(1, keepdim=True) * shares
-    by_scale = scale.amax(1, keepdim=True) * usual * typical
-    return torch.maximum(noise, torch.maximum(by_noise, by_scale))
+    greatest, size = noise.amax(1, keepdim=True), scale.amax(1, keepdim=True)
+    smoothed = torch.maximum(noise, torch.maximum(greatest * shares, size * usual * typical))
+    return torch.where(greatest >= size, greatest, smoothed)

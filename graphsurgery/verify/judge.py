@@ -161,10 +161,10 @@ def _conclude(verdict: OutputVerdict, native: Comparison, exact: Comparison | No
         missed = verdict.top1_checked - verdict.top1_agreed
         reason = f"{missed} of {verdict.top1_checked} rows have another greatest class by more than rounding"
         return dataclasses.replace(verdict, ok=False, reason=reason)
-    if native.resolution >= 1.0 and (exact is None or exact.resolution >= 1.0):
+    if native.best_resolution >= 1.0 and (exact is None or exact.best_resolution >= 1.0):
         reason = (
-            f"inconclusive: rounding alone explains errors of {native.resolution:.2g} times the output's own "
-            "size on most inputs; verify the model in a higher precision"
+            f"inconclusive: rounding alone explains errors of {native.best_resolution:.2g} times the "
+            "output's own size on every input; verify the model in a higher precision"
         )
         return dataclasses.replace(verdict, ok=False, reason=reason)
     ratio = (

@@ -42,7 +42,15 @@ class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     is no buffer, nor `torch.zeros(n)`: each of these would bring float32 rounding into the anchor, or stop it
     with a mismatch of dtypes. Below the dispatcher all of them are a dtype argument or a tensor, and are
     replaced here.
+
+    Args:
+        nudger: Moves the constants that are no parameters (tensors of lower precision, numbers in sums and
+            products), as storing them in their dtype, or in float32, may have done; None leaves them exact.
     """
+
+    def __init__(self, nudger: Nudger | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._nudger = nudger
 
     def __torch_dispatch__(
         self,
@@ -51,8 +59,25 @@ class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if self._nudger is not None:
+            numbers = func.overloadpacket.__name__ in _ARITHMETIC
+            args = pytree.tree_map(lambda value: self._nudge(value, numbers), args)
         args, kwargs = pytree.tree_map(_promote, (args, kwargs or {}))
         return pytree.tree_map(_promote, func(*args, **kwargs))
+
+    def _nudge(self, value: Any, numbers: bool) -> Any:
+        """Move a constant that is no parameter: all that was one is float64 by now."""
+        if self._nudger is None:
+            return value
+        if isinstance(value, Tensor) and value.dtype in _TO_DOUBLE and value.is_floating_point():
+            return self._nudger(value.double(), torch.finfo(value.dtype).eps)
+        if numbers and isinstance(value, float):
+            return float(self._nudger(torch.tensor(value, dtype=torch.float64), _FLOAT32_EPS))
+        return value
+
+
+_ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div"})
+_FLOAT32_EPS = 2.0**-23
 
 
 def _promote(value: Any) -> Any:
@@ -67,7 +92,7 @@ def copy_module(module: nn.Module) -> nn.Module:
     """Return a deep copy in eval semantics that shares no storage with `module` and needs no gradient."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for value in vars(part).values():
+        for value in (*vars(part).values(), *part.buffers(recurse=False)):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 # deepcopy declines tensors with a history, which the hook of `weight_norm` leaves behind.
                 memo[id(value)] = value.detach().clone()
@@ -123,9 +148,11 @@ class Nudger:
         work = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
         moved = tensor.detach().to(work, copy=True).contiguous().view(-1)
         offset = int(torch.randint(_TABLE, (), generator=self._generator))
-        steps = (self._steps.roll(offset) * unit).to(moved)
-        for chunk in moved.split(_TABLE):  # type: ignore[no-untyped-call]  # a table of random numbers for each weight takes longer than a run
-            chunk.addcmul_(chunk, steps[: len(chunk)])
+        # A factor, not a summand: an infinity in a mask stays what it is.
+        factors = (1.0 + self._steps.roll(offset) * unit).to(moved)
+        # By chunks of one table: a random number of its own for each weight takes longer than a run.
+        for chunk in moved.split(_TABLE):  # type: ignore[no-untyped-call]
+            chunk.mul_(factors[: len(chunk)])
         return moved.view(tensor.shape).to(tensor.dtype)
 
 

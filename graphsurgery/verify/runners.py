@@ -19,6 +19,7 @@ from graphsurgery.errors import VerificationError
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.precision import (
     Float64Mode,
+    Nudger,
     copy_module,
     nudge_module,
     nudge_module_float64,
@@ -118,7 +119,8 @@ class TorchRunner:
 
     def float64_stored(self, seed: int) -> Runner:
         """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
-        return _Float64Runner(f"{self.name} in float64, rounded", nudge_module_float64(self._fresh(), seed))
+        module = nudge_module_float64(self._fresh(), seed)
+        return _Float64Runner(f"{self.name} in float64, rounded", module, Nudger(seed, 0.5))
 
     def nudged(self, seed: int, ulps: float) -> Runner:
         """Return a runner of the module with every parameter and float buffer moved by `ulps` units."""
@@ -139,8 +141,12 @@ class _ModuleRunner:
 class _Float64Runner(_ModuleRunner):
     """Runs a module that is ours alone with every operation in float64."""
 
+    def __init__(self, name: str, module: nn.Module, nudger: Nudger | None = None) -> None:
+        super().__init__(name, module)
+        self._nudger = nudger
+
     def run(self, inputs: Inputs) -> Outputs:
-        with Float64Mode():  # type: ignore[no-untyped-call]
+        with Float64Mode(self._nudger):
             return _call(self._module, to_float64(inputs))
 
 

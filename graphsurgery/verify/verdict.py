@@ -25,6 +25,7 @@ class Comparison:
         factor_needed: The smallest factor that would pass.
         resolution: Smallest error that this comparison can see, as a share of a channel's largest value
             (median).
+        best_resolution: The same where it is sharpest; 1 or more means that the comparison sees nothing.
         worst_case: Case with the greatest error relative to what is allowed.
         worst_index: Index of that value in the output of its run, the row of the batch first where cases are
             rows.
@@ -41,6 +42,7 @@ class Comparison:
     factor: float
     factor_needed: float
     resolution: float
+    best_resolution: float
     worst_case: str
     worst_index: tuple[int, ...]
     worst_expected: float

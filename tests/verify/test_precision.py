@@ -1,0 +1,115 @@
+"""Float64 whatever the program asks for, copies that leave the original alone, moves of one unit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphsurgery.verify.inputs import as_inputs
+from graphsurgery.verify.precision import (
+    Float64Mode,
+    Nudger,
+    copy_module,
+    nudge_inputs,
+    nudge_module,
+    nudge_module_float64,
+    to_float64,
+    uses_low_precision,
+)
+
+
+class AsksForFloat32(nn.Module):
+    """Every way in which float32 enters behind the back of `module.double()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.plain = torch.full((4,), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).float() + self.plain
+        y = y.to(torch.float32) * torch.ones(4) / 3 + torch.full((4,), 0.7, dtype=torch.float32)
+        return torch.softmax(y, dim=-1, dtype=torch.float32) + torch.arange(4.0) + y.half().float()
+
+
+def test_float64_mode_reaches_casts_constants_and_factories() -> None:
+    torch.manual_seed(0)
+    module, x = AsksForFloat32(), torch.randn(2, 4)
+    plain = float(torch.tensor(0.1))
+    expected = torch.nn.functional.linear(
+        x.double(), module.layer.weight.double(), module.layer.bias.double()
+    )
+    expected = (expected + plain) / 3 + 0.7
+    expected = torch.softmax(expected, dim=-1) + torch.arange(4.0, dtype=torch.float64) + expected
+    copied = copy_module(module).double()
+    with Float64Mode(), torch.no_grad():
+        got = copied(x.double())
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_copy_shares_nothing_and_is_in_eval_semantics() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    copied = copy_module(module)
+    assert module.training
+    assert not any(part.training for part in copied.modules())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    mine = {t.untyped_storage().data_ptr() for t in (*copied.parameters(), *copied.buffers())}
+    yours = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    assert not mine & yours
+
+
+def test_copy_of_a_module_with_tensors_that_have_a_history() -> None:
+    module = nn.Linear(3, 3)
+    module.register_buffer("seen", module.weight * 2)
+    module.cached = module.weight * 3
+    assert torch.equal(copy_module(module).cached, module.cached)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_nudge_moves_by_about_one_unit(dtype: torch.dtype) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    eps = torch.finfo(dtype).eps
+    moved = Nudger(seed=1, ulps=1.0)(x)
+    share = ((moved.double() - x.double()) / x.double()).abs() / eps
+    assert moved.dtype == dtype
+    assert float(share.max()) <= 1.6  # the move, and the rounding of the result
+    assert float((share > 0).double().mean()) > 0.9
+    assert not torch.equal(moved, Nudger(seed=2, ulps=1.0)(x))
+
+
+def test_nudge_keeps_zeros_infinities_integers_and_layout() -> None:
+    nudger = Nudger(seed=0, ulps=1.0)
+    x = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")])
+    assert torch.equal(nudger(x)[:3], x[:3])
+    assert bool(nudger(x)[3].isnan())
+    assert torch.equal(nudger(torch.arange(5)), torch.arange(5))
+    across = torch.randn(3, 4).t()
+    torch.testing.assert_close(nudger(across), across)
+
+
+def test_nudged_float64_is_off_by_the_storage_of_the_old_dtype() -> None:
+    module = nn.Linear(50, 50)
+    moved = nudge_module_float64(copy_module(module), seed=0)
+    weight = module.weight.detach().double()
+    share = ((moved.weight - weight) / weight).abs().max() / 2.0**-24
+    assert moved.weight.dtype == torch.float64
+    assert 0.9 < float(share) <= 1.0
+
+
+def test_nudged_module_and_inputs_are_those_of_the_seed() -> None:
+    module = nn.Linear(5, 5)
+    one, same, other = (nudge_module(copy_module(module), 1.0, seed) for seed in (1, 1, 2))
+    assert torch.equal(one.weight, same.weight)
+    assert not torch.equal(one.weight, other.weight)
+    inputs = as_inputs((torch.randn(3), torch.arange(3)))
+    assert torch.equal(nudge_inputs(inputs, 1.0, 0).args[1], torch.arange(3))
+    assert to_float64(inputs).args[0].dtype == torch.float64
+
+
+def test_low_precision_is_found_in_parameters_buffers_and_inputs() -> None:
+    x = as_inputs(torch.randn(2, 3, dtype=torch.float64))
+    assert not uses_low_precision(nn.Linear(3, 3).double(), x)
+    assert uses_low_precision(nn.Linear(3, 3), x)
+    assert uses_low_precision(nn.Linear(3, 3).double(), as_inputs(torch.randn(2, 3)))
