@@ -8,8 +8,6 @@ parameter and constant read by a `get_attr` node whose dotted target is the user
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from graphsurgery.origin import module_path, source_line
 
 __all__ = [
     "INFO_KEY",
@@ -40,8 +40,6 @@ __all__ = [
 INFO_KEY = "graphsurgery"
 """Key of the `CaptureInfo` in `gm.meta`."""
 
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)')
 _COUNTER = "num_batches_tracked"
 
 
@@ -78,38 +76,6 @@ def capture_info(gm: fx.GraphModule) -> CaptureInfo:
     if not isinstance(info, CaptureInfo):
         raise ValueError("this graph module carries no CaptureInfo; make it with graphsurgery.capture")
     return info
-
-
-# -- where a node came from
-
-
-def module_path(node: fx.Node) -> str:
-    """Return the dotted path of the user's module that called `node`; "" for the model itself."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    entry = next(reversed(stack.values()))
-    path = str(entry[0]) if isinstance(entry, tuple) else str(entry)
-    if path.startswith("_empty_nn_module_stack"):
-        return ""
-    for prefix in ("L['self'].", "L['self']"):
-        path = path.removeprefix(prefix)
-    return re.sub(r"@\d+", "", path)
-
-
-def source_line(node: fx.Node) -> str:
-    """Return the user's line that made `node` (`file.py:12, in forward: x = self.conv(x)`), "" if unknown."""
-    return user_frame(str(node.meta.get("stack_trace") or ""))
-
-
-def user_frame(trace: str) -> str:
-    """Return the last frame of a printed stack trace that lies outside of torch, like `source_line`."""
-    for frame in reversed(list(_FRAME.finditer(trace))):
-        file = frame["file"]
-        if not file.startswith(_TORCH_DIR) and not file.startswith(("torch/", "<")):
-            code = frame["code"].strip()
-            return f"{os.path.basename(file)}:{frame['line']}, in {frame['function']}: {code}"
-    return ""
 
 
 # -- attributes

@@ -235,6 +235,29 @@ def inplace_slice(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def inplace_nested_slices(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y[:, 1:3][:, 0].add_(1)
+    y[:1] = 3.0
+    z = y[:, -1]
+    z.mul_(2)
+    return y + z.unsqueeze(1)
+
+
+def inplace_slice_read_elsewhere(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    other = y[:, :2]
+    y[:, 1:3] = 5.0
+    return other * y[:, 1:3]
+
+
+def inplace_mask(x: torch.Tensor) -> torch.Tensor:
+    mask = x.new_zeros((4, 4))
+    for index, (start, stop) in enumerate(((0, 2), (2, 3), (3, 4))):
+        mask[start:stop, start:stop] = index + 1
+    return x @ mask
+
+
 def inplace_through_view(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     flat = y.view(-1)
@@ -295,6 +318,9 @@ def inplace_masked(x: torch.Tensor) -> torch.Tensor:
     [
         inplace_chain,
         inplace_slice,
+        inplace_nested_slices,
+        inplace_slice_read_elsewhere,
+        inplace_mask,
         inplace_through_view,
         inplace_with_old_view_read_later,
         inplace_behind_an_eval_dropout,

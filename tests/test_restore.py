@@ -1,4 +1,4 @@
-"""Restore: layers at the paths they had, one module per weight, and a result that behaves like any nn.Module."""
+"""Restore: layers at the paths they had, one module per weight, a result that behaves like any nn.Module."""
 
 from __future__ import annotations
 
@@ -320,6 +320,15 @@ def test_hooks_fire_on_restored_layers() -> None:
 # -- networks people use
 
 
+SWIN = {
+    "patch_size": [4, 4],
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": [4, 4],
+}
+
+
 def _timm(name: str, **options: Any) -> nn.Module:
     timm = pytest.importorskip("timm")
     return timm.create_model(name, **options)
@@ -335,12 +344,12 @@ def _torchvision(name: str, **options: Any) -> nn.Module:
     [
         (lambda: _torchvision("resnet18"), 64),
         (lambda: _torchvision("mobilenet_v3_small"), 64),
-        (lambda: _torchvision("densenet121"), 64),
-        (lambda: _torchvision("swin_t"), 64),
+        (lambda: _torchvision("DenseNet", growth_rate=8, block_config=(2, 3), num_init_features=16), 64),
+        (lambda: _torchvision("SwinTransformer", **SWIN), 64),
         (lambda: _timm("test_convnext"), 64),
         (lambda: _timm("test_vit"), 160),
     ],
-    ids=["resnet18", "mobilenet_v3_small", "densenet121", "swin_t", "convnext", "vit"],
+    ids=["resnet18", "mobilenet_v3_small", "densenet", "swin", "convnext", "vit"],
 )
 def test_real_networks(make: Callable[[], nn.Module], size: int) -> None:
     model = make().eval()

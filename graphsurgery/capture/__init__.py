@@ -123,8 +123,8 @@ def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tu
     for target in written:
         if target in state:
             raise CaptureError(
-                f"the model writes {target!r} in forward{describe_write(gm, target)}, so its output "
-                "depends on earlier calls; keep such state out of forward, or update it only in training mode."
+                f"the model writes {target!r} in forward{describe_write(gm, target)}, so its "
+                "output depends on earlier calls; keep such state out of it, or update it in training only."
             )
     canonicalize(gm)
     delete_unused_attrs(gm)

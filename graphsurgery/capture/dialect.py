@@ -33,8 +33,8 @@ def refuse_foreign(gm: fx.GraphModule) -> None:
         where = f" (at {source_line(node)})" if source_line(node) else ""
         if isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
-                f"the model uses {node.target}{where}, an operator with a body of its own, which is not "
-                "supported; move autocast and gradient modes out of forward, or capture the submodules around it."
+                f"the model uses {node.target}{where}, an operator with a body of its own, which "
+                "is not supported; move autocast and grad modes out of forward, or capture its submodules."
             )
         if isinstance(node.target, OpOverload):
             if _updates_statistics(node):

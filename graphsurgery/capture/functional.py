@@ -2,12 +2,12 @@
 
 `y = relu_(x)` becomes `y = relu(x)` and later readers of `x` read `y`. That is right when no other alias of
 the memory of `x` is read later. Aliases are found by the storage of the fake values, which export shares just
-as the real tensors do: this sees through views that no schema declares (dropout in eval).
+as the real tensors do: this sees through views that no schema declares (dropout in eval). A part that is
+written through slices is put back into the whole by `slice_scatter` and `select_scatter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,29 +36,97 @@ def functionalize(gm: fx.GraphModule) -> tuple[str, ...]:
         NotSubstitutable: An alias is read later, or the operation has no functional twin.
         CaptureError: The model writes a parameter, a buffer or a constant.
     """
-    order = {node: index for index, node in enumerate(gm.graph.nodes)}
-    groups: dict[int, list[fx.Node]] = {}
-    for node in order:
-        for storage in _storages(node.meta.get("val")):
-            groups.setdefault(storage, []).append(node)
-    inputs: list[str] = []
-    for node in order:
+    work = _Substitution(gm)
+    for node in list(gm.graph.nodes):
         written = _written(node)
         if not written:
             continue
         if node.target is aten.detach_.default:  # writes no memory
             node.target = aten.detach.default
-            written[0].replace_all_uses_with(
-                node, delete_user_cb=_later(order, order[node]), propagate_meta=False
-            )
-            continue
-        if len(written) > 1:
+            work.redirect(written[0], node)
+        elif len(written) > 1:
             raise NotSubstitutable(f"{node.name} writes several tensors")
-        target = written[0]
-        aliases = _group_of(target, groups)
-        _check_owner(aliases, node, inputs)
-        _substitute(gm, node, target, aliases, order)
-    return tuple(dict.fromkeys(inputs))
+        else:
+            work.substitute(node, written[0])
+    return tuple(dict.fromkeys(work.inputs))
+
+
+class _Substitution:
+    """The state of one walk over the graph: the order of nodes, and who shares memory with whom."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.inputs: list[str] = []
+        self._order: dict[fx.Node, float] = {node: index for index, node in enumerate(gm.graph.nodes)}
+        self._groups: dict[int, list[fx.Node]] = {}
+        for node in self._order:
+            self._join_group(node)
+
+    def _join_group(self, node: fx.Node) -> None:
+        for storage in _storages(node.meta.get("val")):
+            self._groups.setdefault(storage, []).append(node)
+
+    def redirect(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of `old` after `new` read `new`."""
+        now = self._order[new]
+        old.replace_all_uses_with(
+            new, delete_user_cb=lambda user: self._order[user] > now, propagate_meta=False
+        )
+
+    def substitute(self, node: fx.Node, target: fx.Node) -> None:
+        """Make `node`, which writes `target`, functional."""
+        storages = _storages(target.meta.get("val"))
+        aliases = [alias for storage in storages for alias in self._groups.get(storage, [])]
+        _check_owner(aliases, node, self.inputs)
+        views = _chain_of_views(target)
+        parents = [view.args[0] for view in views]
+        now = self._order[node]
+        same = {target}
+        for alias in aliases:
+            if alias in (target, node) or alias in parents or self._order[alias] > now:
+                continue  # what is made from the result later is made from the new value
+            if any(self._order[user] > now for user in alias.users):
+                if not _is_same_value(alias, target):
+                    raise NotSubstitutable(f"{node.name} writes what {alias.name} views")
+                same.add(alias)
+        _make_functional(self.gm, node)
+        for alias in same:
+            self.redirect(alias, node)
+        self._write_back(node, views)
+
+    def _write_back(self, node: fx.Node, views: list[fx.Node]) -> None:
+        """Give later readers of what was written through a view the whole with the new part in it."""
+        part = node
+        for level, view in enumerate(views, start=1):
+            whole = view.args[0]
+            if not isinstance(whole, fx.Node):
+                raise NotSubstitutable(f"{view.name} views no node")
+            with self.gm.graph.inserting_after(part):
+                scatter = self.gm.graph.call_function(_SCATTERS[view.target], (whole, part, *view.args[1:]))
+            scatter.meta = {key: value for key, value in node.meta.items() if key != "tensor_meta"}
+            scatter.meta["val"] = whole.meta["val"]
+            self._order[scatter] = self._order[node] + level / (len(views) + 1)
+            self._join_group(scatter)
+            self.redirect(whole, scatter)
+            part = scatter
+
+
+_SCATTERS: dict[Any, OpOverload] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+
+
+def _chain_of_views(node: fx.Node) -> list[fx.Node]:
+    """Return the slices and selections that lead from `node` up to the whole that it is a part of."""
+    chain = []
+    while node.op == "call_function" and node.target in _SCATTERS and not node.kwargs:
+        chain.append(node)
+        parent = node.args[0]
+        if not isinstance(parent, fx.Node):
+            break
+        node = parent
+    return chain
 
 
 def _storages(value: Any) -> list[int]:
@@ -67,10 +135,6 @@ def _storages(value: Any) -> list[int]:
     if isinstance(value, (list, tuple)):
         return [storage for item in value for storage in _storages(item)]
     return []
-
-
-def _group_of(target: fx.Node, groups: dict[int, list[fx.Node]]) -> list[fx.Node]:
-    return [node for storage in _storages(target.meta.get("val")) for node in groups.get(storage, [])]
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
@@ -97,8 +161,8 @@ def _check_owner(aliases: list[fx.Node], node: fx.Node, inputs: list[str]) -> No
     for alias in aliases:
         if alias.op == "get_attr":
             raise CaptureError(
-                f"the model writes {alias.target!r} in forward (at {source_line(node) or node.name}), so "
-                "its output depends on earlier calls; keep such state out of it, or update it in training only."
+                f"the model writes {alias.target!r} in forward (at {source_line(node) or node.name}), so its "
+                "output depends on earlier calls; keep such state out of it, or update it in training only."
             )
         if alias.op == "placeholder":
             inputs.append(str(alias.target))
@@ -116,18 +180,7 @@ def _functional_twin(target: OpOverload) -> OpOverload:
     return twin
 
 
-def _substitute(
-    gm: fx.GraphModule, node: fx.Node, target: fx.Node, aliases: list[fx.Node], order: dict[fx.Node, int]
-) -> None:
-    now = order[node]
-    same = {target}
-    for alias in aliases:
-        if alias is target or alias is node or order[alias] > now:
-            continue  # what is made from the result later is made from the new value
-        if any(order[user] > now for user in alias.users):
-            if not _is_same_value(alias, target):
-                raise NotSubstitutable(f"{node.name} writes what {alias.name} views")
-            same.add(alias)
+def _make_functional(gm: fx.GraphModule, node: fx.Node) -> None:
     old_target, old_value = node.target, node.meta["val"]
     if not isinstance(old_target, OpOverload):
         raise NotSubstitutable(f"{old_target} is no operator")
@@ -138,8 +191,6 @@ def _substitute(
         raise NotSubstitutable(f"{old_target} keeps the dtype or shape of what it writes")
     node.meta["val"] = old_value
     node._rename(node.target._schema.name.split("::")[1])
-    for alias in same:
-        alias.replace_all_uses_with(node, delete_user_cb=_later(order, now), propagate_meta=False)
 
 
 def _may_promote(node: fx.Node, dtype: torch.dtype) -> bool:
@@ -150,10 +201,6 @@ def _may_promote(node: fx.Node, dtype: torch.dtype) -> bool:
     """
     values = [operand.meta.get("val") for operand in node.all_input_nodes]
     return any(isinstance(value, torch.Tensor) and value.dtype != dtype for value in values)
-
-
-def _later(order: dict[fx.Node, int], now: int) -> Callable[[fx.Node], bool]:
-    return lambda user: order[user] > now
 
 
 def _is_same_value(a: fx.Node, b: fx.Node) -> bool:
