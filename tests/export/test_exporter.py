@@ -1,0 +1,176 @@
+"""ONNX files: names, a free batch, whole or not at all, compared with the original."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphsurgery.errors import ExportError, VerificationError
+from graphsurgery.export import OPSET, export_onnx, load_model, node_counts
+
+
+@dataclass(frozen=True)
+class Info:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    input_names: tuple[str, ...] = ("image",)
+    output_names: tuple[str, ...] = ("logits",)
+    dynamic_batch: bool = True
+
+
+def image(rows: int = 1) -> Tensor:
+    return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()  # type: ignore[union-attr]
+    norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.GELU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+
+
+def wrong(network: nn.Sequential) -> nn.Sequential:
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other[0].weight[1, 1, 1, 1] *= 1.01  # type: ignore[index, operator]
+    return other
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_names_batch_opset_and_verdict(network: nn.Module, tmp_path: Path) -> None:
+    result = export_onnx(network, Info((image(),)), tmp_path / "out.onnx")
+    model = load_model(tmp_path / "out.onnx")
+    assert [value.name for value in model.graph.input] == ["image"]
+    assert [value.name for value in model.graph.output] == ["logits"]
+    for value in (model.graph.input[0], model.graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert not any(node.op_type == "Cast" for node in model.graph.node)
+    assert result.opset == OPSET == model.opset_import[0].version
+    assert result.size_bytes == (tmp_path / "out.onnx").stat().st_size
+    assert result.verdict is not None
+    assert result.verdict.ok
+    assert result.verdict.batch_sizes == (1, 2, 5)
+    assert [verdict.candidate for verdict in result.verdicts] == [
+        "onnxruntime out.onnx (not optimised)",
+        "onnxruntime out.onnx (optimised)",
+    ]
+    assert not result.external_data
+    assert files(tmp_path) == ["out.onnx"]
+    assert node_counts(tmp_path / "out.onnx")["Conv"] == 1
+
+
+def test_static_batch_keeps_the_sizes(network: nn.Module, tmp_path: Path) -> None:
+    result = export_onnx(network, Info((image(3),), dynamic_batch=False), tmp_path / "out.onnx")
+    model = load_model(tmp_path / "out.onnx")
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+    assert result.verdict is not None
+    assert result.verdict.batch_sizes == (3,)
+
+
+def test_external_data_lies_beside_the_file_and_is_replaced_with_it(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    info, path = Info((image(),)), tmp_path / "out.onnx"
+    result = export_onnx(network, info, path, external_data=True, verify=False)
+    assert result.external_data
+    assert result.verdict is None
+    assert files(tmp_path) == ["out.onnx", "out.onnx.data"]
+    export_onnx(network, info, path, external_data=True)
+    assert files(tmp_path) == ["out.onnx", "out.onnx.1.data"]
+    export_onnx(network, info, path, verify=False)
+    assert files(tmp_path) == ["out.onnx"]
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_file_that_differs_is_not_left_behind(
+    network: nn.Sequential, tmp_path: Path, external: bool
+) -> None:
+    path = tmp_path / "out.onnx"
+    path.write_bytes(b"old")
+    with pytest.raises(VerificationError, match=r"onnxruntime out.onnx .* differs from torch Sequential"):
+        export_onnx(wrong(network), Info((image(),)), path, reference=network, external_data=external)
+    assert files(tmp_path) == ["out.onnx"]
+    assert path.read_bytes() == b"old"
+
+
+def test_keywords_several_inputs_and_outputs(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, *, ids: Tensor) -> dict[str, Tensor]:
+            y = self.layer(x) + ids[:, None]
+            return {"logits": y, "classes": y.argmax(1)}
+
+    torch.manual_seed(0)
+    kwargs = {"x": torch.randn(2, 4), "ids": torch.tensor([3, 9])}
+    info = Info((), kwargs, ("x", "ids"), ("logits", "classes"))
+    result = export_onnx(Two().eval(), info, tmp_path / "two.onnx")
+    assert result.verdict is not None
+    assert [output.dtype for output in result.verdict.outputs] == ["float32", "int64"]
+    model = load_model(tmp_path / "two.onnx")
+    assert [value.name for value in model.graph.input] == ["x", "ids"]
+    assert {v.type.tensor_type.shape.dim[0].dim_param for v in model.graph.input} == {"batch"}
+
+
+def test_what_cannot_be_translated_is_one_sentence_and_no_file(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(ExportError, match="Branches cannot be translated to ONNX") as caught:
+        export_onnx(Branches(), Info((image(),)), tmp_path / "out.onnx")
+    assert len(str(caught.value)) < 500
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("missing/out.onnx", "does not exist; create it first"), (".", "is a directory")]
+)
+def test_unwritable_paths(network: nn.Module, tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(ExportError, match=reason):
+        export_onnx(network, Info((image(),)), tmp_path / name)
+    assert files(tmp_path) == []
+
+
+def test_folder_that_cannot_be_written(
+    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(ExportError, match=r"cannot write .*out.onnx: Permission denied"):
+        export_onnx(network, Info((image(),)), tmp_path / "out.onnx")
+
+
+def test_no_runtime_for_the_dtype_is_not_passed(network: nn.Sequential, tmp_path: Path) -> None:
+    module, info = copy.deepcopy(network).to(torch.bfloat16), Info((image().to(torch.bfloat16),))
+    with pytest.raises(VerificationError):
+        export_onnx(module, info, tmp_path / "out.onnx")
+    assert files(tmp_path) == []
+    assert export_onnx(module, info, tmp_path / "out.onnx", verify=False).verdict is None
+
+
+def test_export_prints_nothing(network: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export_onnx(network, Info((image(),)), tmp_path / "out.onnx", verify=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_file_is_whole(network: nn.Module, tmp_path: Path) -> None:
+    export_onnx(network, Info((image(),)), tmp_path / "out.onnx", external_data=True)
+    onnx.checker.check_model(os.fspath(tmp_path / "out.onnx"), full_check=True)
