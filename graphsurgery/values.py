@@ -85,7 +85,7 @@ class Sizes:
         self.others = tuple(others.items())
         tokens: dict[sympy.Expr, None] = dict.fromkeys((*batch, *others))
         tokens.update((expr, None) for expr in expressions if _factors(expr) is None)
-        self._prime_of = dict(zip(tokens, _primes(len(tokens)), strict=True))
+        self._prime_of: dict[sympy.Expr, int] = dict(zip(tokens, _primes(len(tokens)), strict=True))
         self.primes = {prime: expr for expr, prime in self._prime_of.items()}
 
     def per_sample(self, size: int | torch.SymInt) -> int:

@@ -124,7 +124,7 @@ def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
         case "dropout":
             return nn.Dropout(0.5)
         case "pool":
-            return _pool(rng, rank)
+            return _pool(rng, shape)
     return _conv(rng, shape)
 
 
@@ -149,17 +149,24 @@ def _conv(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
     padding: str | list[int] = [rng.choice([0, 0, 1]) for _ in range(rank)]
     if rng.random() < 0.15:
         padding, stride = "same", [1] * rank
-    if any(d * (k - 1) + 1 > n + (0 if padding == "same" else 2 * padding[i]) for i, (d, k, n) in enumerate(zip(dilation, kernel, shape[2:], strict=True))):  # fmt: skip
-        return None
+    for i, (d, k, n) in enumerate(zip(dilation, kernel, shape[2:], strict=True)):
+        pads = 0 if isinstance(padding, str) else 2 * padding[i]
+        if d * (k - 1) + 1 > n + pads:
+            return None
     make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
     return make(channels, out, kernel, stride, padding, dilation, groups, bias=rng.random() < 0.6)
 
 
-def _pool(rng: random.Random, rank: int) -> nn.Module:
+def _pool(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    rank = len(shape) - 2
     if rng.random() < 0.3:
-        return (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[rank - 1](rng.choice([1, 2]))
+        return (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[rank - 1](
+            rng.choice([1, 2])
+        )
     kernel = rng.choice([2, 3])
     padding = rng.choice([0, 0, 1])
+    if min(shape[2:]) + 2 * padding < kernel:
+        return None
     ceil = rng.random() < 0.3
     stride = rng.choice([1, 2])
     make = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[rank - 1]

@@ -1,0 +1,81 @@
+"""The certificate's unit: a channel's own variation, whatever its size and its shift."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from graphsurgery.affine.certify import LIMIT, residual
+from graphsurgery.affine.choice import options
+from graphsurgery.affine.coefficients import Coefficients, fill
+from graphsurgery.affine.region import Region, Scope
+from graphsurgery.affine.search import ChainSearch, chains
+from graphsurgery.capture import capture
+
+
+def region_of(model: nn.Module, x: torch.Tensor) -> tuple[Region, Coefficients]:
+    scope = Scope(capture(model.eval(), (x,)))
+    (chain,) = chains(scope)
+    search = ChainSearch(scope, chain, 2.0)
+    region = search.region(0, search.size, search.axes(0, search.size))
+    return region, fill(region, options(region)[0].form)
+
+
+def two_linears(scale: float = 1.0, shift: float = 0.0) -> nn.Module:
+    """16 -> 12 -> 8, the last channel's row scaled and all biases shifted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8)).double()
+    with torch.no_grad():
+        model[1].weight[-1] *= scale
+        model[1].bias[-1] *= scale
+        model[1].bias += shift
+    return model
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-8, 1e-15, 1e8])
+@pytest.mark.parametrize("shift", [0.0, 1e6, -1e9])
+def test_right_folds_pass_at_any_scale_and_shift(scale: float, shift: float) -> None:
+    region, filled = region_of(two_linears(scale, shift), torch.randn(3, 16, dtype=torch.float64))
+    assert residual(region, filled.form, filled.slots) <= LIMIT
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-8])
+def test_one_coefficient_in_a_tiny_channel_is_caught(scale: float) -> None:
+    region, filled = region_of(two_linears(scale), torch.randn(3, 16, dtype=torch.float64))
+    weight = filled.slots["weight"].clone()
+    weight[-1, 3] *= 1 + 1e-3
+    assert residual(region, filled.form, {**filled.slots, "weight": weight}) > LIMIT
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, 1e6])
+def test_one_coefficient_behind_a_large_shift_is_caught(shift: float) -> None:
+    region, filled = region_of(two_linears(shift=shift), torch.randn(3, 16, dtype=torch.float64))
+    weight = filled.slots["weight"].clone()
+    weight[2, 3] *= 1 + 1e-3
+    assert residual(region, filled.form, {**filled.slots, "weight": weight}) > LIMIT
+
+
+def test_swapped_channels_are_caught() -> None:
+    region, filled = region_of(two_linears(), torch.randn(3, 16, dtype=torch.float64))
+    slots = {**filled.slots, "weight": filled.slots["weight"][[1, 0, *range(2, 8)]]}
+    assert residual(region, filled.form, slots) > LIMIT
+
+
+def test_a_value_that_is_not_finite_never_passes() -> None:
+    region, filled = region_of(two_linears(), torch.randn(3, 16, dtype=torch.float64))
+    slots = {**filled.slots, "weight": filled.slots["weight"] * torch.nan}
+    assert residual(region, filled.form, slots) == float("inf")
+
+
+def test_borders_are_compared_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).double()
+    region, filled = region_of(model, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    step = filled.form.steps[0]
+
+    shifted = replace(filled.form, steps=(replace(step, padding=(0, 1), out=step.out),))
+    with pytest.raises(RuntimeError):  # another number of positions cannot even be compared
+        residual(region, shifted, filled.slots)

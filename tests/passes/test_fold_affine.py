@@ -1,0 +1,699 @@
+"""fold-affine: what folds, into what, under which name; what does not, and why."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_chains import Call, Constant, MatMul, warmed
+from torch import Tensor, fx, nn
+
+import graphsurgery.passes.fold_affine as fold_affine
+from graphsurgery.affine.certify import LIMIT
+from graphsurgery.affine.coefficients import Coefficients
+from graphsurgery.capture import capture
+from graphsurgery.cost import Cost, graph_cost, layer_counts, op_name
+from graphsurgery.graph import structural_hash
+from graphsurgery.passes.eliminate_identity import EliminateIdentity
+from graphsurgery.passes.fold_affine import FoldAffine
+from graphsurgery.restore import restore
+from graphsurgery.rewrite.contracts import PassResult
+
+HEAVY = ("conv", "linear")
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model in evaluation mode with norms whose statistics are not trivial."""
+    torch.manual_seed(0)
+    model = build()
+    for module in model.modules():
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.affine
+            and module.track_running_stats
+        ):
+            warmed(module)
+    return model.eval()
+
+
+def fold(model: nn.Module, x: Tensor, **options: Any) -> PassResult:
+    """Fold in float64, compare at two batch sizes with the model itself, and run the pass again."""
+    model = copy.deepcopy(model).double()
+    gm = capture(model, (x.double(),))
+    gm = EliminateIdentity().run(gm).graph_module
+    before = structural_hash(gm)
+    result = FoldAffine(**options).run(gm)
+    assert structural_hash(gm) == before, "the pass changed the graph that it was given"
+    for batch in (1, 3):
+        y = torch.randn(
+            batch, *x.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(batch)
+        )
+        with torch.no_grad():
+            expected, got = model(y), result.graph_module(y)
+        assert got.shape == expected.shape
+        assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
+    again = FoldAffine(**options).run(result.graph_module)
+    assert not again.changes, "a second run found something"
+    assert structural_hash(again.graph_module) == structural_hash(result.graph_module)
+    assert graph_cost(result.graph_module).macs <= graph_cost(gm).macs
+    return result
+
+
+def ops(gm: fx.GraphModule) -> list[str]:
+    return [op_name(node) for node in gm.graph.nodes if node.op == "call_function"]
+
+
+def codes(result: PassResult) -> list[str]:
+    return [refusal.code for refusal in result.refusals]
+
+
+# -- 1. folds --------------------------------------------------------------------------------------------
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=["dense", "grouped", "depthwise"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_folds_conv_and_norm(rank: int, groups: int, bias: bool) -> None:
+    def build() -> nn.Module:
+        conv = CONVS[rank](4, 8, 3, stride=2, padding=1, groups=groups, bias=bias)
+        return nn.Sequential(conv, NORMS[rank](8))
+
+    result = fold(seeded(build), torch.randn(2, 4, *(7, 6, 5)[:rank]))
+    assert ops(result.graph_module) == [f"conv{rank}d"]
+    (change,) = result.changes
+    assert change.parameters == ("0.weight", "0.bias")
+    assert change.kind == f"conv{rank}d+batch_norm"
+    assert change.residual is not None
+    assert change.residual <= LIMIT
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_folds_norm_before_an_unpadded_conv(rank: int) -> None:
+    model = seeded(lambda: nn.Sequential(NORMS[rank](4), CONVS[rank](4, 6, 2, groups=2)))
+    assert ops(fold(model, torch.randn(2, 4, *(7, 6, 5)[:rank])).graph_module) == [f"conv{rank}d"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (lambda: nn.BatchNorm1d(6), (2, 8)),
+        (lambda: nn.BatchNorm1d(6, affine=False), (2, 8)),
+        (lambda: nn.BatchNorm1d(6, momentum=None, eps=0.1), (2, 8)),
+    ],
+    ids=["affine", "no-affine", "momentum-none-large-eps"],
+)
+def test_folds_linear_and_norm(norm: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 6), norm(), nn.Linear(6, 9)))
+    with torch.no_grad():
+        model[1].running_mean.normal_()
+        model[1].running_var.uniform_(0.1, 3)
+    assert ops(fold(model, torch.randn(shape)).graph_module) == ["linear"]
+
+
+def test_folds_a_running_variance_of_zero() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with torch.no_grad():
+        model[1].running_var.zero_()
+    assert ops(fold(model, torch.randn(2, 3, 6, 6)).graph_module) == ["conv2d"]
+
+
+def test_folds_functional_batch_norm() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("mean", torch.randn(4))
+            self.register_buffer("var", torch.rand(4) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(self.conv(x), self.mean, self.var)
+
+    assert ops(fold(seeded(Model), torch.randn(2, 3, 6, 6)).graph_module) == ["conv2d"]
+
+
+def bare_linear(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.linear(x, m.w1), m.w2, m.b)
+
+
+def bare_matmul(m: Any, x: Tensor) -> Tensor:
+    return x @ m.w1.T @ m.w2.T + m.b
+
+
+def bare_addmm(m: Any, x: Tensor) -> Tensor:
+    return torch.addmm(m.b, x @ m.w1.T, m.w2.T, beta=2, alpha=0.5)
+
+
+@pytest.mark.parametrize("spelling", [bare_linear, bare_matmul, bare_addmm])
+def test_folds_linear_in_all_its_spellings(spelling: Callable[[Any, Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2 = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(5, 12))
+            self.b = nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return spelling(self, x)
+
+    result = fold(seeded(Model), torch.randn(2, 8))
+    assert [op for op in ops(result.graph_module) if op != "permute"] == ["linear"]
+    assert not any(
+        "bias" in str(target) for target in restore(result.graph_module).state_dict() if "." not in target
+    )
+
+
+def test_folds_a_matrix_on_the_left_and_one_on_the_right() -> None:
+    model = seeded(lambda: nn.Sequential(MatMul(6, 12, left=True), MatMul(12, 3, left=True)))
+    result = fold(model, torch.randn(2, 6, 5))
+    assert (
+        layer_counts(result.graph_module).get("linear", 0) + layer_counts(result.graph_module).get("conv", 0)
+        == 1
+    )
+
+
+CONSTANTS = {
+    "scalar-mul": (lambda: Call(lambda x: x * 3.0)),
+    "scalar-div": (lambda: Call(lambda x: x / 3)),
+    "scalar-rsub": (lambda: Call(lambda x: 1.5 - x)),
+    "scalar-sub-alpha": (lambda: Call(lambda x: torch.sub(x, 2.0, alpha=3))),
+    "one": (lambda: Constant("mul", torch.rand(1) + 0.5)),
+    "0-d": (lambda: Constant("rmul", torch.tensor(1.7))),
+    "(C,1,1)-mul": (lambda: Constant("rmul", torch.rand(6, 1, 1) + 0.5)),
+    "(1,C,1,1)-div": (lambda: Constant("div", torch.rand(1, 6, 1, 1) + 0.5)),
+    "(C,1,1)-rsub": (lambda: Constant("rsub", torch.randn(6, 1, 1))),
+    "(C,1,1)-add-alpha": (lambda: Constant("add", torch.randn(6, 1, 1))),
+    "integer": (lambda: Constant("mul", torch.arange(1, 7).reshape(6, 1, 1))),
+    "neg": (lambda: Constant("neg", torch.zeros(1))),
+    "zero-scale": (lambda: Constant("mul", torch.zeros(6, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_folds_constants_after_a_conv(name: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), CONSTANTS[name]()))
+    assert ops(fold(model, torch.randn(2, 3, 5, 6)).graph_module) == ["conv2d"]
+
+
+def test_folds_a_constant_per_column_never_as_one_per_channel() -> None:
+    """W == C_out: a constant of shape (W,) scales columns; only a dense layer could hold it, at a cost."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 6, 1), Constant("mul", torch.rand(6) + 0.5)))
+    result = fold(model, torch.randn(2, 3, 6, 6))
+    assert not result.changes
+    assert codes(result) == ["costs-more"]
+
+
+def test_folds_strided_conv_flatten_linear_into_one_linear() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(5, 50, 5, stride=2), nn.Flatten(), nn.Linear(1250, 100)))
+    result = fold(model, torch.randn(2, 5, 13, 13))
+    assert ops(result.graph_module) == ["reshape", "linear"]
+    (change,) = result.changes
+    assert change.parameters == ("2.weight", "2.bias"), "named after the Linear, which it resembles most"
+    # by hand: the conv has 50 * 25 outputs of 5 * 25 products each, the Linear 1250 * 100; then 845 * 100
+    conv, linear = 50 * 25 * 125, 1250 * 100
+    assert change.cost_before == Cost(conv + linear, 0, 0, 50 * 125 + 50 + 1250 * 100 + 100, 3)
+    assert change.cost_after == Cost(845 * 100, 0, 0, 845 * 100 + 100, 2)
+    restored = restore(result.graph_module)
+    assert isinstance(restored.get_submodule("2"), nn.Linear)
+    assert restored.get_submodule("2").weight.shape == (100, 845)
+
+
+def test_folds_padded_strided_conv_flatten_linear() -> None:
+    """Borders are exact in the dense form: taps that fall outside read nothing."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 16, 3, stride=1, padding=1), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16 * 36, 4)
+        )
+    )
+    assert ops(fold(model, torch.randn(2, 2, 6, 6)).graph_module) == ["reshape", "linear"]
+
+
+def test_folds_a_product_of_matrices_at_its_cheapest_cut() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 4), nn.Linear(4, 64)))
+    result = fold(model, torch.randn(2, 64))
+    shapes = [
+        tuple(m.weight.shape) for m in restore(result.graph_module).modules() if isinstance(m, nn.Linear)
+    ]
+    assert shapes == [(4, 64), (64, 4)]
+
+
+def test_folds_all_of_a_long_chain() -> None:
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(12, 12) for _ in range(12)]))
+    assert ops(fold(model, torch.randn(2, 12)).graph_module) == ["linear"]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"kernel_size": 3, "padding": 1}, {"kernel_size": 1}),
+        ({"kernel_size": 2, "stride": 2}, {"kernel_size": 1, "stride": 1}),
+        ({"kernel_size": 1}, {"kernel_size": 3, "stride": 2}),
+        ({"kernel_size": 2}, {"kernel_size": 2, "dilation": 2}),
+        ({"kernel_size": 2, "padding": 1}, {"kernel_size": 2}),
+    ],
+    ids=["3p1,1", "2s2,1", "1,3s2", "2,2d2", "2p1,2"],
+)
+def test_folds_conv_into_conv(rank: int, first: dict[str, int], second: dict[str, int]) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(CONVS[rank](3, 24, **first), CONVS[rank](24, 2, **second))
+
+    result = fold(seeded(build), torch.randn(2, 3, *(9, 8, 7)[:rank]))
+    assert ops(result.graph_module) == [f"conv{rank}d"]
+
+
+def test_folds_a_strided_1x1_before_a_padded_conv_into_a_dilated_one() -> None:
+    """Stride 2 makes the padded zeros harmless where nothing of the entry lies below them."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 1, stride=2, bias=False), nn.Conv2d(16, 2, 3, padding=1))
+    )
+    result = fold(model, torch.randn(2, 3, 12, 12))
+    (conv,) = (m for m in restore(result.graph_module).modules() if isinstance(m, nn.Conv2d))
+    assert (conv.dilation, conv.stride, conv.padding) == ((2, 2), (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_folds_average_pooling_into_the_conv_before(rank: int) -> None:
+    model = seeded(lambda: nn.Sequential(CONVS[rank](3, 4, 3, padding=1), POOLS[rank](2)))
+    # a 3-D kernel grows from 3**3 to 4**3 taps: more than the default allows
+    result = fold(model, torch.randn(2, 3, *(8, 6, 4)[:rank]), max_param_growth=2.5)
+    assert ops(result.graph_module) == [f"conv{rank}d"]
+
+
+def test_folds_input_normalisation_before_an_unpadded_conv() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+            self.register_buffer("std", torch.rand(1, 3, 1, 1) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv((x - self.mean) / self.std)
+
+    assert ops(fold(seeded(Model), torch.randn(2, 3, 6, 6)).graph_module) == ["conv2d"]
+
+
+def test_folds_the_scale_of_an_input_normalisation_before_a_padded_conv() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+            self.register_buffer("std", torch.rand(1, 3, 1, 1) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv((x - self.mean) / self.std)
+
+    assert ops(fold(seeded(Model), torch.randn(2, 3, 6, 6)).graph_module) == ["sub", "conv2d"]
+
+
+def test_folds_views_and_permutes_around_a_linear() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 10)
+            self.register_buffer("gamma", torch.rand(10, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * self.gamma
+
+    result = fold(seeded(Model), torch.randn(2, 6, 4, 5))
+    assert "mul" not in ops(result.graph_module)
+    assert "fc.weight" in restore(result.graph_module).state_dict()
+
+
+def test_folds_permutes_that_cancel_into_nothing() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.ReLU(), Call(lambda x: x.permute(0, 2, 3, 1)), Call(lambda x: x.permute(0, 3, 1, 2)), nn.ReLU()
+        )
+    )
+    assert ops(fold(model, torch.randn(2, 3, 4, 5)).graph_module) == ["relu", "relu"]
+
+
+def test_folds_constants_computed_in_the_graph_from_their_leaves() -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), nn.Linear(6, 4))
+    )
+    assert [op for op in ops(fold(model, torch.randn(2, 8)).graph_module) if op == "linear"] == ["linear"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_folds_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).to(dtype)
+    x = torch.randn(2, 3, 6, 6).to(dtype)
+    result = FoldAffine().run(capture(model, (x,)))
+    assert ops(result.graph_module) == ["conv2d"]
+    assert result.graph_module(x).dtype == dtype
+    reference = copy.deepcopy(model).double()(x.double())
+    error = (result.graph_module(x).double() - reference).abs().max()
+    own = (model(x).double() - reference).abs().max()
+    assert error <= 2 * own + 4 * torch.finfo(dtype).eps * reference.abs().max()
+
+
+def test_folds_in_evaluation_even_with_dropout_between() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 12), nn.Dropout(0.5), nn.Linear(12, 4)))
+    assert ops(fold(model, torch.randn(2, 8)).graph_module) == ["linear"]
+
+
+def test_folds_with_a_static_batch() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Call(lambda x: x.reshape(2, -1)), nn.Linear(64, 3)
+        )
+    ).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    gm = capture(model, (x,), dynamic_shapes=({},))
+    result = FoldAffine().run(gm)
+    assert layer_counts(result.graph_module).get("norm") is None
+    assert (result.graph_module(x) - model(x)).abs().max() <= 1e-10
+
+
+def test_folds_with_dynamic_positions() -> None:
+    """Strided and padded convs over maps of any size, norms folded, checked at three sizes."""
+    dynamic = torch.export.Dim.DYNAMIC
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4),
+        )
+    ).double()
+    x = torch.randn(2, 3, 17, 20, dtype=torch.float64)
+    gm = capture(model, (x,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    result = FoldAffine().run(gm)
+    assert ops(result.graph_module) == ["conv2d", "relu", "conv2d"]
+    for size in ((17, 20), (32, 9), (11, 11)):
+        y = torch.randn(3, 3, *size, dtype=torch.float64)
+        assert (result.graph_module(y) - model(y)).abs().max() <= 1e-10
+
+
+# -- 2. leaves alone -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        lambda: nn.Sequential(nn.Linear(6, 6)),
+        lambda: nn.Sequential(nn.Identity(), nn.Softmax(-1)),
+        lambda: nn.Sequential(Call(lambda x: x * 2), Call(torch.relu), Call(lambda x: x + 1)),
+        lambda: nn.Sequential(Call(lambda x: 2 / (x.abs() + 1))),
+    ],
+    ids=["relu-between", "one-layer", "no-affine", "scales-apart", "constant-over-x"],
+)
+def test_noop_on(build: Callable[[], nn.Module]) -> None:
+    model = seeded(build)
+    x = torch.randn(2, 3, 6, 6)
+    gm = EliminateIdentity().run(capture(model, (x,))).graph_module
+    result = FoldAffine().run(gm)
+    assert result.changes == ()
+    assert structural_hash(result.graph_module) == structural_hash(gm)
+
+
+def test_noop_on_two_shifts_that_a_linear_would_hold() -> None:
+    """A region without a layer never gains one: two adds do not become an identity Linear."""
+    model = seeded(lambda: nn.Sequential(nn.ReLU(), Constant("add", torch.randn(6)), nn.ReLU()))
+    assert ops(fold(model, torch.randn(2, 6)).graph_module) == ["relu", "add", "relu"]
+
+
+# -- 3. refuses ------------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, x: Tensor, code: str) -> PassResult:
+    result = fold(model, x)
+    assert code in codes(result), [(r.code, r.reason) for r in result.refusals]
+    return result
+
+
+@pytest.mark.parametrize("hidden", [4, 16])
+def test_refuses_a_bottleneck_and_states_both_costs(hidden: int) -> None:
+    result = refused(
+        seeded(lambda: nn.Sequential(nn.Linear(64, hidden), nn.Linear(hidden, 64))),
+        torch.randn(2, 64),
+        "costs-more",
+    )
+    (refusal,) = result.refusals
+    assert refusal.cost_before is not None
+    assert refusal.cost_after is not None
+    assert (refusal.cost_before.macs, refusal.cost_after.macs) == (2 * 64 * hidden, 64 * 64)
+    assert f"{2 * 64 * hidden:,}" in refusal.reason
+    assert f"{64 * 64:,}" in refusal.reason
+
+
+def test_refuses_depthwise_and_pointwise() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1)))
+    assert not refused(model, torch.randn(2, 16, 8, 8), "costs-more").changes
+
+
+def test_refuses_a_padded_conv_before_a_padded_conv() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)))
+    result = refused(model, torch.randn(2, 3, 12, 12), "border")
+    assert ops(result.graph_module) == ["conv2d", "conv2d"]
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_refuses_to_fold_through_another_padding_mode_but_folds_the_norm_behind_it(mode: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4)))
+    result = fold(model, torch.randn(2, 3, 6, 6))
+    assert "batch_norm" not in ops(result.graph_module)
+
+
+def test_refuses_a_conv_read_with_and_without_its_norm() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return torch.relu(y) + torch.relu(self.norm(y))
+
+    result = refused(seeded(Model), torch.randn(2, 3, 6, 6), "several-users")
+    assert "relu" in result.refusals[0].reason
+    assert not result.changes
+
+
+def test_refuses_to_copy_the_weights_of_one_conv_for_two_norms() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.a(self.conv(x))) + torch.relu(self.b(self.conv(torch.tanh(x))))
+
+    result = refused(seeded(Model), torch.randn(2, 3, 6, 6), "shared-weights")
+    assert not result.changes
+
+
+def test_tied_weights_stay_tied_and_right() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.a(x))) + torch.relu(self.b(torch.tanh(x)))
+
+    refused(seeded(Model), torch.randn(2, 6), "shared-weights")
+
+
+def test_an_intermediate_value_that_is_also_an_output_stays() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return y, self.norm(y)
+
+    model = seeded(Model).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    result = FoldAffine().run(capture(model, (x,)))
+    assert "several-users" in codes(result)
+    for got, expected in zip(result.graph_module(x), model(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_refuses_a_norm_over_tokens_with_as_many_tokens_as_features() -> None:
+    """(N, T, C) with T == C: the norm is over axis 1, not over the Linear's features."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)))
+    result = fold(model, torch.randn(2, 5, 8))
+    assert ops(result.graph_module) == ["linear", "batch_norm"]
+    assert "costs-more" in codes(result)
+
+
+def test_refuses_batch_statistics() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)))
+    result = FoldAffine().run(capture(model, (torch.randn(2, 3, 6, 6),)))
+    assert not result.changes
+    assert "batch-statistics" in codes(result)
+
+
+def test_refuses_weights_that_are_not_finite() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    gm = capture(model, (torch.randn(2, 6),))
+    result = FoldAffine().run(gm)
+    assert not result.changes
+    assert "not-finite" in codes(result)
+
+
+def test_refuses_what_does_not_fit_the_dtype() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))).half()
+    with torch.no_grad():
+        model[0].weight.fill_(3e4)
+        model[1].weight.fill_(3e4)
+    result = FoldAffine().run(capture(model, (torch.zeros(2, 6).half(),)))
+    assert not result.changes
+    assert "overflow" in codes(result)
+
+
+def test_refuses_parallel_branches_and_names_them() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.big, self.small = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.big(x) + self.small(x) + x)
+
+    result = refused(seeded(Model), torch.randn(2, 4, 6, 6), "branches")
+    assert "big" in result.refusals[-1].reason
+    assert "small" in result.refusals[-1].reason
+
+
+def test_refuses_a_norm_between_nonlinear_calls_and_quotes_the_source() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(torch.tanh(x)))
+
+    result = refused(seeded(Model), torch.randn(2, 3, 6, 6), "not-affine")
+    (refusal,) = result.refusals
+    assert refusal.nodes[0].module == "norm"
+    assert "test_fold_affine.py" in refusal.nodes[0].source
+    assert "tanh" in refusal.reason
+    assert "relu" in refusal.reason
+
+
+def test_refuses_more_parameters_than_the_limit() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(2)))
+    x = torch.randn(2, 8, 8, 8)
+    assert fold(model, x).changes
+    assert not fold(model, x, max_param_growth=1.0).changes
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        nn.AdaptiveAvgPool2d(2),
+    ],
+    ids=["ceil", "count-exclude-pad", "adaptive-uneven"],
+)
+def test_pools_with_windows_that_differ_are_never_a_conv(pool: nn.Module) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), pool))
+    assert not fold(model, torch.randn(2, 8, 7, 7)).changes
+
+
+def test_a_shift_before_a_padded_pool_is_exact() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.AvgPool2d(2, stride=2, padding=1)))
+    fold(model, torch.randn(2, 3, 9, 9))
+
+
+def test_the_batch_is_never_folded_away() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Linear(6, 6),
+            Call(lambda x: x.reshape(-1, 6)),
+            nn.Linear(6, 3),
+            Call(lambda x: x.reshape(-1, 4, 3)),
+        )
+    )
+    assert [op for op in ops(fold(model, torch.randn(2, 4, 6)).graph_module) if op == "linear"] == ["linear"]
+
+
+# -- 4. names, costs, changes ----------------------------------------------------------------------------
+
+
+def test_names_the_conv_after_the_conv_and_drops_what_is_unused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.stem(x))
+
+    result = fold(seeded(Model), torch.randn(2, 3, 6, 6))
+    assert set(restore(result.graph_module).state_dict()) == {"stem.0.weight", "stem.0.bias"}
+
+
+def test_changes_report_costs_and_nodes() -> None:
+    result = fold(
+        seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.randn(2, 3, 6, 6)
+    )
+    (change,) = result.changes
+    out = 4 * 4 * 4
+    assert change.cost_before == Cost(out * 27, 2 * out, 0, 4 * 27 + 4 + 16, 2)
+    assert change.cost_after == Cost(out * 27, 0, 0, 4 * 27 + 4, 1)
+    assert [node.op for node in change.before] == ["conv2d", "batch_norm"]
+    assert [node.op for node in change.after] == ["conv2d"]
+
+
+# -- 6. a wrong fold -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Flatten(), nn.Linear(32, 4)),
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1)),
+        lambda: nn.Sequential(
+            Constant("mul", torch.rand(3, 1, 1) + 1),
+            nn.BatchNorm2d(3),
+            Constant("mul", torch.rand(3, 1, 1) + 1),
+        ),
+    ],
+    ids=["closed", "dense", "rows", "scale"],
+)
+def test_detects_a_wrong_fold(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One coefficient off by 1e-3 of itself: the fold is dropped and the model stays as it was."""
+    right = fold_affine.fill
+
+    def wrong(*args: Any) -> Coefficients:
+        filled = right(*args)
+        name = "weight" if "weight" in filled.slots else "scale"
+        value = filled.slots[name].clone()
+        value.view(-1)[value.abs().argmax()] *= 1 + 1e-3
+        return Coefficients(filled.form, {**filled.slots, name: value}, filled.method)
+
+    model = seeded(build)
+    x = torch.randn(2, 3, 6, 6)
+    gm = capture(model, (x,))
+    assert FoldAffine().run(gm).changes
+    monkeypatch.setattr(fold_affine, "fill", wrong)
+    result = FoldAffine().run(gm)
+    assert not result.changes
+    assert "certificate" in codes(result)
+    assert torch.equal(result.graph_module(x), model(x))
