@@ -25,7 +25,7 @@ from graphsurgery.graph import annotate, copy_graph_module, delete_unused_attrs,
 from graphsurgery.rewrite.aliases import newly_shared, reads_memory, same_layout, same_tensor_type
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
 from graphsurgery.rewrite.fingerprint import same_bits, tensor_digest
-from graphsurgery.rewrite.moves import RESHAPES, axis_order, composed
+from graphsurgery.rewrite.moves import axis_order, composed, is_reshape
 from graphsurgery.values import Sizes
 
 __all__ = ["EliminateIdentity"]
@@ -33,7 +33,7 @@ __all__ = ["EliminateIdentity"]
 _NOTHING = frozenset(["alias", "detach", "lift_fresh", "lift_fresh_copy", "clone", "contiguous"])
 _DROPOUT = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"])
 _CASTS = frozenset(["to", "_to_copy", "type_as", "convert_element_type"])
-_SELECTIONS = frozenset(["expand", "slice", "narrow", "repeat"])
+_SELECTIONS = frozenset(["expand", "expand_as", "slice", "narrow", "repeat"])
 _PADS = frozenset(("constant_pad_nd", "pad"))
 _PIECES = frozenset(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"])
 
@@ -134,13 +134,15 @@ class _Surgery:
         reason = _signed_zero(node) if kind == "neutral" else None
         if reason is not None:
             return "signed-zero", reason
+        reason = newly_shared(node, source)
+        if reason is not None:
+            return "aliases", reason
         if moves and self.keep_layout:
             return (
                 "layout",
                 f"without {node.name!r} an output or an op that reads memory would see other strides",
             )
-        reason = newly_shared(node, source)
-        return None if reason is None else ("aliases", reason)
+        return None
 
     def compose(self, node: fx.Node) -> None:
         """Case 8: make one move of two."""
@@ -151,7 +153,7 @@ class _Surgery:
         if move is None:
             return
         # a reshape copies or not, as its operand lies in memory; a permute never does
-        reshapes = op_name(node) in RESHAPES
+        reshapes = is_reshape(node)
         if reshapes and self.keep_layout:
             return
         before = (NodeRef.of(inner), NodeRef.of(node))
@@ -260,7 +262,7 @@ def _cast(node: fx.Node) -> fx.Node | None:
 
 def _view(node: fx.Node) -> fx.Node | None:
     name = op_name(node)
-    if name in RESHAPES or name in _SELECTIONS:
+    if is_reshape(node) or name in _SELECTIONS:
         return _operand(node)
     source = _operand(node)
     if name == "getitem" and source is not None and op_name(source) in _PIECES and node.args[1] == 0:

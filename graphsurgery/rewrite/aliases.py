@@ -13,15 +13,13 @@ import torch
 from torch import fx
 
 from graphsurgery.cost import op_name
-from graphsurgery.rewrite.moves import PERMUTES, RESHAPES
 
 __all__ = ["newly_shared", "reads_memory", "same_layout", "same_tensor_type"]
 
-# Ops that may hand back their operand's memory, and ops that may be a copy of it.
-_PIECES = frozenset(["slice", "select", "getitem", "split", "split_with_sizes", "chunk", "unbind", "narrow"])
-_VIEWS = RESHAPES | PERMUTES | _PIECES | {"alias", "detach", "mT", "expand", "dropout", "contiguous", "to"}
-_CLONES = frozenset(["clone", "contiguous", "to", "_to_copy", "lift_fresh_copy", "reshape", "flatten"])
-_COPIES = _CLONES | {"cat", "repeat", "mul", "div", "add", "sub", "constant_pad_nd", "pad"}
+# Views that say nothing of it in their schema.
+_SILENT_VIEWS = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "getitem"])
+# Views in their schema that copy where they must.
+_MAY_COPY = frozenset(["reshape", "flatten", "contiguous", "to", "type_as"])
 _READ_MEMORY = frozenset(["as_strided", "as_strided_copy", "view_as_complex", "view_as_real"])
 
 
@@ -57,7 +55,7 @@ def newly_shared(node: fx.Node, by: fx.Node) -> str | None:
     Returns:
         A sentence that names it; None if no output would share more than before.
     """
-    if op_name(node) not in _COPIES or not _escapes(node):
+    if _is_only_a_view(node) or not _escapes(node):
         return None
     root = _root(by)
     if root.op != "call_function":
@@ -71,9 +69,26 @@ def _sizes(shape: Any) -> tuple[str, ...]:
     return tuple(str(size) for size in shape)
 
 
+def _may_be_view(node: fx.Node) -> bool:
+    """Whether `node` may hand back the memory of its first operand."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if op_name(node) in _SILENT_VIEWS:
+        return True
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(value.alias_info is not None for value in target._schema.returns)
+
+
+def _is_only_a_view(node: fx.Node) -> bool:
+    """Whether `node` never copies, so that nothing more is shared without it."""
+    return _may_be_view(node) and op_name(node) not in _MAY_COPY
+
+
 def _root(node: fx.Node) -> fx.Node:
     """The node whose memory `node` may show."""
-    while node.op == "call_function" and op_name(node) in _VIEWS and node.all_input_nodes:
+    while _may_be_view(node):
         node = node.all_input_nodes[0]
     return node
 
@@ -86,7 +101,7 @@ def _escapes(node: fx.Node, apart_from: fx.Node | None = None) -> bool:
         for user in current.users:
             if user.op == "output":
                 return True
-            if user not in seen and op_name(user) in _VIEWS and user.all_input_nodes[0] is current:
+            if user not in seen and _may_be_view(user) and user.all_input_nodes[0] is current:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -9,10 +9,10 @@ from torch import fx
 
 from graphsurgery.cost import op_name
 
-__all__ = ["PERMUTES", "RESHAPES", "axis_order", "composed"]
+__all__ = ["axis_order", "composed", "is_reshape"]
 
-PERMUTES = frozenset(("permute", "transpose", "t", "numpy_T"))
-RESHAPES = frozenset(["reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"])
+_PERMUTES = frozenset(("permute", "transpose", "t", "numpy_T"))
+_RESHAPES = frozenset(["reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"])
 
 _aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def axis_order(node: fx.Node) -> list[int] | None:
         None if `node` is no permute.
     """
     name = op_name(node)
-    if name not in PERMUTES or not node.args or not isinstance(node.args[0], fx.Node):
+    if name not in _PERMUTES or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     rank = node.meta["val"].dim()
     order = list(range(rank))
@@ -39,6 +39,23 @@ def axis_order(node: fx.Node) -> list[int] | None:
     return [axis % rank for axis in arguments[0]]
 
 
+def is_reshape(node: fx.Node) -> bool:
+    """Whether `node` gives the elements of its operand in order, in the shape that its `meta["val"]` tells.
+
+    A squeeze of an axis of symbolic size does not: the axis stays at a batch of two and goes at one.
+    """
+    source = node.args[0] if node.args else None
+    if op_name(node) not in _RESHAPES or not isinstance(source, fx.Node):
+        return False
+    value = source.meta["val"]
+    if value.dtype != node.meta["val"].dtype:  # view.dtype reads the bits as another type
+        return False
+    if op_name(node) != "squeeze":
+        return True
+    axes: Any = node.args[1] if len(node.args) > 1 else range(value.dim())
+    return all(isinstance(value.shape[axis], int) for axis in ([axes] if isinstance(axes, int) else axes))
+
+
 def composed(outer: fx.Node, inner: fx.Node) -> tuple[Any, list[Any]] | None:
     """The one move that does what `inner` and then `outer` do.
 
@@ -51,24 +68,13 @@ def composed(outer: fx.Node, inner: fx.Node) -> tuple[Any, list[Any]] | None:
     """
     if outer.op != "call_function" or inner.op != "call_function" or outer.args[:1] != (inner,):
         return None
-    if len(outer.all_input_nodes) > 1 and op_name(outer) not in RESHAPES:
-        return None
     last, first = axis_order(outer), axis_order(inner)
     if last is not None and first is not None:
         return _aten.permute.default, [first[axis] for axis in last]
-    if op_name(outer) not in RESHAPES or op_name(inner) not in RESHAPES:
-        return None
-    if not _keeps_dtype(inner) or not _keeps_dtype(outer):  # view.dtype reads the bits as another type
+    if not is_reshape(outer) or not is_reshape(inner):
         return None
     shape = _shape_argument(outer)
     return None if shape is None else (_aten.reshape.default, shape)
-
-
-def _keeps_dtype(node: fx.Node) -> bool:
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
-        return False
-    return bool(source.meta["val"].dtype == node.meta["val"].dtype)
 
 
 def _shape_argument(node: fx.Node) -> list[Any] | None:
