@@ -599,17 +599,51 @@ def test_attributes_that_forward_sets_are_put_back() -> None:
             super().__init__()
             self.calls = 0
             self.seen: Any = None
+            self.cache: dict[str, torch.Tensor] = {}
+            self.trace: list[torch.Tensor] = []
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.calls += 1
             self.seen = x * 2
+            self.trace.append(x)
+            self.cache.setdefault("table", torch.arange(3.0))
             return self.seen + 1
 
     model = Model()
     gm = capture(model, torch.randn(2, 3))
     assert model.calls == 0
     assert model.seen is None
+    assert model.cache == {}
+    assert model.trace == []
     assert_same(gm, model, torch.randn(4, 3))
+
+
+def test_parameters_that_forward_rewrites_are_put_back() -> None:
+    class Model(nn.Module):  # a constraint on the weight, as some published models apply it
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.fc.weight.data.clamp_(-0.1, 0.1)
+            self.fc.bias.data = self.fc.bias.data * 2
+            return self.fc(x)
+
+    model = Model()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    with pytest.raises(CaptureError):
+        capture(model, torch.randn(2, 3))
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+
+
+def test_inference_mode_of_the_caller() -> None:
+    model = warmed(ConvNet())
+    with torch.inference_mode():
+        gm = capture(model, torch.randn(2, 3, 8, 8))
+    assert not gm.fc.weight.is_inference()
+    assert_same(gm, model, torch.randn(5, 3, 8, 8))
 
 
 # -- one clear error
@@ -636,6 +670,11 @@ class Branches(nn.Module):
         if x.sum() > 0:
             return x
         return -x
+
+
+def _made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(3, 3)
 
 
 class Noisy(nn.Module):
@@ -665,6 +704,7 @@ class Autocast(nn.Module):
         (lambda: torch.jit.trace(nn.Linear(3, 3), torch.randn(2, 3)), ["TorchScript"]),
         (lambda: nn.LazyLinear(3), ["not initialised"]),
         (lambda: nn.Linear(3, 3, device="meta"), ["meta device"]),
+        (_made_in_inference_mode, ["inference_mode", "load the model outside"]),
         (lambda: nn.Linear(4, 3), ["Linear", "2x3 float32", "cannot be multiplied"]),
         (lambda: nn.Embedding(4, 3), ["Embedding", "pass inputs that the model accepts"]),
         (lambda: nn.Bilinear(3, 3, 2), ["missing 1 required positional argument"]),
@@ -678,6 +718,7 @@ class Autocast(nn.Module):
         "script",
         "lazy",
         "meta",
+        "inference",
         "shape",
         "dtype",
         "few",
@@ -736,5 +777,5 @@ def test_sparse_parameters_are_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.sparse.mm(self.weight, x.t()).t()
 
-    with pytest.raises(CaptureError):
+    with pytest.raises(CaptureError, match="'weight' is a sparse tensor"):
         capture(Model(), torch.randn(2, 3))

@@ -45,8 +45,13 @@ def capture(
         CaptureError: The inputs do not fit the model, or the model cannot be captured; the message quotes the
             user's source line and says what to do.
     """
-    if isinstance(model, ExportedProgram):
-        return _capture_program(model, example_inputs, dynamic_shapes)
+    with torch.inference_mode(False):
+        if isinstance(model, ExportedProgram):
+            return _capture_program(model, example_inputs, dynamic_shapes)
+        return _capture_module(model, example_inputs, dynamic_shapes)
+
+
+def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}, expected an nn.Module, an fx.GraphModule or an "

@@ -27,6 +27,7 @@ from graphsurgery.errors import CaptureError
 __all__ = ["Exported", "export_model", "export_static", "free_carriers", "quiet", "run_model"]
 
 _TRIED_BATCHES = (2, 3, 4, 5, 7, 8, 16)
+_STDLIB = os.path.dirname(os.__file__) + os.sep
 _SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
 
@@ -62,11 +63,15 @@ def _complaint(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300].rstrip('.')}"
 
 
+def _is_users(file: str) -> bool:
+    if file.startswith((*_SKIPPED, "<")):
+        return False
+    return not file.startswith(_STDLIB) or "site-packages" in file
+
+
 def _at(error: BaseException) -> str:
     """Return ` (at file.py:12, in forward: code)` for the last frame of the user's in the traceback."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_SKIPPED, "<"))
-    ]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     if not frames:
         return ""
     frame = frames[-1]
@@ -220,7 +225,7 @@ def _who_fixed_it(program: ExportedProgram) -> str:
     fixed = [where for symbol, where in env.replacements_slocs.items() if env.replacements[symbol].is_number]
     for location in [*fixed, *(guard.sloc for guard in env.guards)]:
         frame = location.maybe_user_loc or location.framework_loc
-        if isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith((*_SKIPPED, "<")):
+        if isinstance(frame, traceback.FrameSummary) and _is_users(frame.filename):
             where = f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
             return f" (at {where}: {frame.line})"
     return ""

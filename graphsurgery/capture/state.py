@@ -43,13 +43,19 @@ def check_supported(model: nn.Module) -> None:
             raise CaptureError(
                 f"{name!r} is not initialised yet (a lazy module); run the model once on an input first."
             )
+        if tensor.layout is not torch.strided:
+            raise CaptureError(
+                f"{name!r} is a sparse tensor ({tensor.layout}), expected a dense one; densify it."
+            )
+        if tensor.is_inference():
+            raise CaptureError(
+                f"{name!r} was made under torch.inference_mode, which forbids tracing; "
+                "load the model outside of it."
+            )
         if tensor.device.type == "meta":
             raise CaptureError(
                 f"{name!r} lies on the meta device and holds no values; load the trained weights first."
             )
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
@@ -57,33 +63,44 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` in evaluation mode, and afterwards undo whatever running it has changed.
 
     No method of the user's is called for that (`train()` is sometimes overridden to rewrite weights):
-    training flags, attributes and buffers that were set or written meanwhile are put back directly.
+    training flags, attributes (and what dicts and lists among them hold), parameters and buffers are put back
+    directly.
     """
     modules = list(model.modules())
-    attributes = [dict(module.__dict__) for module in modules]
-    tables = [{name: dict(module.__dict__[name]) for name in _TABLES} for module in modules]
-    values = [
-        (tensor, tensor._version, tensor.detach().clone())
-        for tensor in {id(buffer): buffer for buffer in model.buffers()}.values()
-        if not tensor.is_inference()
+    tables = [(module.__dict__, dict(module.__dict__)) for module in modules]
+    for module in modules:
+        tables += [(value, dict(value)) for value in module.__dict__.values() if isinstance(value, dict)]
+    lists = [
+        (value, list(value)) for module in modules for value in vars(module).values() if type(value) is list
     ]
+    # Writes through `.data` leave no trace in the version counter, so the values themselves are compared.
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    values = [(tensor, tensor.detach(), tensor.detach().clone()) for tensor in tensors]
     for module in modules:
         module.training = False
     try:
         yield
     finally:
-        for module, saved, saved_tables in zip(modules, attributes, tables, strict=True):
-            _put_back(module.__dict__, saved)
-            for name, entries in saved_tables.items():
-                _put_back(module.__dict__[name], entries)
+        for table, entries in tables:
+            if not _same(list(table), list(entries)) or not _same(
+                list(table.values()), list(entries.values())
+            ):
+                table.clear()
+                table.update(entries)
+        for items, saved in lists:
+            if not _same(items, saved):
+                items[:] = saved
         with torch.no_grad():
-            for tensor, version, value in values:
-                if tensor._version != version:
-                    tensor.copy_(value)
+            for tensor, memory, value in values:
+                if tensor.data_ptr() != memory.data_ptr():
+                    tensor.data = memory
+                if not torch.equal(_bits(memory), _bits(value)):
+                    memory.copy_(value)
 
 
-def _put_back(table: dict[str, Any], saved: dict[str, Any]) -> None:
-    if table.keys() == saved.keys() and all(table[key] is value for key, value in saved.items()):
-        return
-    table.clear()
-    table.update(saved)
+def _same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
