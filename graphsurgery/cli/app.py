@@ -1,6 +1,7 @@
 """The commands: `optimize`, `verify`, `inspect`, `passes`.
 
-Exit codes: 0 done and verified; 1 verification failed; 2 bad usage or model; 3 a bug of graphsurgery's own.
+Exit codes: 0 done and verified; 1 verification failed; 2 bad usage or model; 3 a bug of graphsurgery's own;
+130 interrupted.
 """
 
 from __future__ import annotations

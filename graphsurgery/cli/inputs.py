@@ -78,13 +78,16 @@ def example_inputs(texts: list[str], loaded: LoadedModel | None, spec: str) -> A
 
     Returns:
         A tuple of tensors, or a mapping where the inputs are named: seeded normal numbers, or for integers
-        numbers that are valid indices into every embedding of the model.
+        numbers that are valid indices into every embedding of the model. None where an exported program brings
+        both positional and keyword inputs, which only it can hold.
 
     Raises:
         UsageError: There are none, or some are named and some are not.
     """
     specs = [parse_input(text) for text in texts]
     if not specs:
+        if loaded is not None and loaded.program_brings_inputs:
+            return None
         if loaded is None or loaded.example_inputs is None:
             raise UsageError(
                 f"{spec} brings no example inputs: give --input once per input, e.g. --input 1x3x224x224, "

@@ -35,6 +35,14 @@ class LoadedModel:
     model: nn.Module | ExportedProgram
     example_inputs: Any = None
 
+    @property
+    def program_brings_inputs(self) -> bool:
+        """Whether the model is an exported program whose own inputs are positional and keyword ones at once."""
+        program = self.model
+        if self.example_inputs is not None or not isinstance(program, ExportedProgram):
+            return False
+        return bool(program.example_inputs and all(program.example_inputs))
+
     def parameters(self) -> dict[str, torch.Tensor]:
         """Parameters by name."""
         return dict(self.model.named_parameters())

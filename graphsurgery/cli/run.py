@@ -114,6 +114,10 @@ def verify(reference: str, candidate: str, inputs: list[str], console: Console) 
     models = [side for side in sides if isinstance(side, LoadedModel)]
     bringing = [side for side in models if side.example_inputs is not None]
     examples = example_inputs(inputs, next(iter(bringing or models), None), reference)
+    if examples is None:
+        raise UsageError(
+            f"{reference} brings positional and keyword inputs at once; give all of them by --input."
+        )
     with console.status("comparing") if console.is_terminal else ExitStack():
         try:
             return gs.verify(_program(sides[0]), _program(sides[1]), examples)

@@ -189,6 +189,18 @@ def test_refuses_a_set_of_inputs(texts: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_a_program_may_bring_positional_and_keyword_inputs() -> None:
+    class Sum(nn.Module):
+        def forward(self, a: torch.Tensor, *, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    program = torch.export.export(Sum(), (torch.zeros(2),), {"b": torch.ones(2)})
+    loaded = LoadedModel(program)
+    assert loaded.program_brings_inputs
+    assert example_inputs([], loaded, "m") is None
+    assert len(example_inputs(["2", "2"], loaded, "m")) == 2
+
+
 def test_inputs_of_the_command_line_replace_those_of_the_model() -> None:
     loaded = LoadedModel(nn.Linear(2, 2), torch.zeros(1, 2))
     assert example_inputs([], loaded, "m") is loaded.example_inputs
