@@ -78,8 +78,8 @@ def example_inputs(texts: list[str], loaded: LoadedModel | None, spec: str) -> A
 
     Returns:
         A tuple of tensors, or a mapping where the inputs are named: seeded normal numbers, or for integers
-        numbers that are valid indices into every embedding of the model. None where an exported program brings
-        both positional and keyword inputs, which only it can hold.
+        numbers that are valid indices into every embedding of the model. None where an exported program
+        brings both positional and keyword inputs, which only it can hold.
 
     Raises:
         UsageError: There are none, or some are named and some are not.

@@ -37,7 +37,7 @@ class LoadedModel:
 
     @property
     def program_brings_inputs(self) -> bool:
-        """Whether the model is an exported program whose own inputs are positional and keyword ones at once."""
+        """Whether the model is an exported program that brings positional and keyword inputs at once."""
         program = self.model
         if self.example_inputs is not None or not isinstance(program, ExportedProgram):
             return False
