@@ -13,7 +13,7 @@ from graphsurgery.cost import graph_cost, layer_counts
 from graphsurgery.graph import capture_info
 from graphsurgery.report.model import SCHEMA_VERSION, Captured, Figures, Report, TensorSpec
 from graphsurgery.rewrite.contracts import Pass
-from graphsurgery.rewrite.manager import ManagerResult
+from graphsurgery.rewrite.records import ManagerResult
 
 __all__ = ["build_report", "figures"]
 

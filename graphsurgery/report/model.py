@@ -8,7 +8,7 @@ from typing import Literal
 
 from graphsurgery.report.codec import from_plain, to_plain
 from graphsurgery.rewrite.contracts import Change, Refusal
-from graphsurgery.rewrite.manager import PassFailure
+from graphsurgery.rewrite.records import PassFailure
 from graphsurgery.verify.verdict import Verdict
 
 __all__ = ["SCHEMA_VERSION", "Captured", "Figures", "OnnxFile", "PassCheck", "Report", "TensorSpec"]

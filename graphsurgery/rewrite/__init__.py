@@ -1,7 +1,8 @@
 """The contract of a pass and the manager that runs passes."""
 
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
-from graphsurgery.rewrite.manager import CheckResult, Event, ManagerResult, PassFailure, PassManager, Step
+from graphsurgery.rewrite.manager import PassManager
+from graphsurgery.rewrite.records import CheckResult, Event, ManagerResult, PassFailure, Step
 
 __all__ = [
     "Change",

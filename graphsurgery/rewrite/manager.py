@@ -19,123 +19,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from graphsurgery.errors import GraphSurgeryError, PassError
 from graphsurgery.graph import copy_graph_module
 from graphsurgery.rewrite.checks import Finding, check_graph, check_values, run_graph, wrong_result
-from graphsurgery.rewrite.contracts import Change, Pass, PassResult, Refusal
+from graphsurgery.rewrite.contracts import Pass, PassResult, Refusal
 from graphsurgery.rewrite.fingerprint import Ledger, fingerprint, held_tensors
+from graphsurgery.rewrite.records import CheckResult, Event, EventKind, ManagerResult, PassFailure, Step
 
-__all__ = ["CheckResult", "Event", "ManagerResult", "PassFailure", "PassManager", "Step"]
-
-EventKind = Literal["stage-start", "stage-done", "pass-start", "pass-done", "pass-failed"]
-
-
-class CheckResult(Protocol):
-    """What a numeric check hands back."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the two graphs agree."""
-
-    @property
-    def reason(self) -> str:
-        """One sentence with the numbers."""
-
+__all__ = ["PassManager"]
 
 Check = Callable[[fx.GraphModule, fx.GraphModule, Pass], CheckResult]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that a progress bar may want to know.
-
-    Attributes:
-        kind: `"pass-start"`, `"pass-done"`, `"pass-failed"`; the pipeline adds `"stage-start"` and
-            `"stage-done"`.
-        pass_name: Name of the pass or stage.
-        index: Position in this round, from 0.
-        total: Passes in a round (stages, for a stage).
-        round: Which round, from 1; 0 for a stage.
-        changes: Rewrites the pass made.
-        reason: Why it failed.
-    """
-
-    kind: EventKind
-    pass_name: str
-    index: int
-    total: int
-    round: int = 0
-    changes: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class PassFailure:
-    """A pass that was rolled back.
-
-    Attributes:
-        pass_name: The culprit.
-        code: Stable code: `raised`, `input-modified`, `not-a-result`, `false-no-change`, `false-change`,
-            `lint`, `meta`,
-            `signature`, `shapes`, `dtypes`, `values`, `check`, `no-fixed-point`.
-        reason: One sentence.
-        round: The round in which it happened, from 1.
-    """
-
-    pass_name: str
-    code: str
-    reason: str
-    round: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One run of one pass that changed the graph and was kept.
-
-    Attributes:
-        pass_name: Name of the pass.
-        round: Which round, from 1.
-        graph_module: The graph after it (tensors shared with its neighbours).
-        changes: The rewrites it made.
-    """
-
-    pass_name: str
-    round: int
-    graph_module: fx.GraphModule
-    changes: tuple[Change, ...]
-
-
-@dataclass(frozen=True)
-class ManagerResult:
-    """What the manager hands back.
-
-    Attributes:
-        graph_module: The final graph; the very input when nothing changed.
-        changes: All rewrites kept, in order.
-        refusals: What each pass declined in its last run: findings on the final graph.
-        failures: Passes rolled back.
-        steps: The kept runs in order, with the graph after each.
-        rounds: Rounds run.
-        seconds: Time spent in each pass, checks included, by name.
-    """
-
-    graph_module: fx.GraphModule
-    changes: tuple[Change, ...]
-    refusals: tuple[Refusal, ...]
-    failures: tuple[PassFailure, ...]
-    steps: tuple[Step, ...] = ()
-    rounds: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def modified(self) -> bool:
-        """Whether any rewrite was kept; the name torch's own pass manager reads."""
-        return bool(self.changes)
 
 
 class PassManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -22,9 +23,11 @@ NORM = NodeRef("batch_norm", "batch_norm", "stem.norm", CONV.source)
 
 
 def verdict(ok: bool = True) -> Verdict:
-    comparison = Comparison(
-        "native", 1e-6, 1e-8, None, math.nan, math.inf, 4.0, 1.5, 1e-7, "normal", (0, 3), 1.0, -math.inf
-    )
+    given: dict[str, Any] = {"precision": "native", "worst_case": "normal", "worst_index": (0, 3)}
+    odd = {"reference_max_error": None, "reference_mean_error": math.nan, "rounding_ratio": math.inf}
+    given |= odd | {"worst_got": -math.inf}
+    numbers = {field.name: 1.5 for field in dataclasses.fields(Comparison) if field.name not in given}
+    comparison = Comparison(**given, **numbers)
     output = OutputVerdict("logits", (2, 10), "float32", 20, ok, "max error 1e-06", native=comparison, nan=1)
     return Verdict(
         ok, "max error 1e-06", "torch Net", "torch Net", "float64", (output,), ("normal",), (1, 2), 7, ("n",)
