@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -299,4 +298,3 @@ class Baseline:
                 f"every output of {self.runner.name} is NaN on every input, so nothing can be compared; "
                 "look for NaN in its weights or in the example"
             )
-        gc.collect()  # the copies that made the noise
