@@ -7,7 +7,7 @@ lets through only what `torch.export.save` writes for a plain network:
 
 1. records: the program, raw weights and constants, sample inputs; no pickled payload, no compiled library;
 2. sample inputs: loadable as tensors alone (`weights_only`);
-3. operators: ATen, torch's own operator namespaces, and arithmetic on sizes;
+3. operators: ATen, prims, torchvision, torch's control flow, and arithmetic on sizes;
 4. expressions and guards: arithmetic and comparisons of sizes, checked on their syntax tree;
 5. names: letters, digits and `_ . @ : -`, so that none can break out of the source it is pasted into.
 """
@@ -39,7 +39,9 @@ RECORDS = re.compile(
 )
 NAME = re.compile(r"[\w.@:\-]*")
 OPERATOR = re.compile(
-    r"torch\.ops\.(aten|prims|torchvision|higher_order)\.\w+(\.\w+)?"
+    r"torch\.ops\.(aten|prims|torchvision)\.\w+(\.\w+)?"
+    r"|torch\.ops\.higher_order\.(cond|while_loop|scan|associative_scan|map_impl|wrap_with_set_grad_enabled"
+    r"|wrap_with_autocast|invoke_subgraph|strict_mode|out_dtype|flex_attention|auto_functionalized|auto_functionalized_v2)"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|not_|xor"
     r"|lshift|rshift|invert|index)"
     r"|math\.\w+|torch\.(sym_\w+|_sym_\w+)"

@@ -151,6 +151,9 @@ def test_refuses_a_pickled_weight(saved: Path, tmp_path: Path) -> None:
         pytest.param(rb"torch\.ops\.aten\.relu\.default", b"torch.ops.aten.from_file.default", id="file"),
         pytest.param(rb"torch\.ops\.aten\.relu\.default", b"torch.ops.load_library", id="library"),
         pytest.param(rb"torch\.ops\.aten\.relu\.default", b"_operator.methodcaller", id="methodcaller"),
+        pytest.param(
+            rb"torch\.ops\.aten\.relu\.default", b"torch.ops.higher_order.aoti_call_delegate", id="so"
+        ),
         pytest.param(rb'"name": "x"', b'"name": "x=print(1)"', id="name"),
         pytest.param(rb'"forward_arg_names": \["x"', b'"forward_arg_names": ["x=print(1)"', id="argument"),
         pytest.param(rb"builtins\.dict", b"collections.defaultdict", id="container"),
