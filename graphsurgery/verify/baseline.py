@@ -274,6 +274,7 @@ class Baseline:
         for output in floats:
             output.stored = self._yardstick(output, STORED_WEIGHTS, runs)
             output.stored.eps = FLOAT64_EPS
+            output.stored.kin = output.yardstick
         for draw in range(self.draws):
             runner = self.runner.float64_stored(_SEED_OF_NOISE + draw)
             found = [runner.run(batch.inputs) for batch in self.batches[:runs]]

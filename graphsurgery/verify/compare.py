@@ -25,8 +25,10 @@ the noise is smoothed by what the other cases and channels say, never by a large
                   max_g noise[s,:] * p[g],               the channel's usual share of the case's noise
                   max_g scale[s,:] * q[g] * r )          the output's usual noise relative to a channel's
                   scale
-    p[g] = rms_s( noise[s,g] / max_g noise[s,:] ),  q[g] likewise from scale,  r = median( noise / usual scale
-    )
+    p[g] = rms_s( noise[s,g] / max_g noise[s,:] ),  q[g] likewise from scale
+    r    = median( noise / usual scale )
+
+(where float64 is run on fewer cases, p and q also count what the reference's own dtype showed on all of them)
 
 A case whose noise is as great as its values is nothing but rounding (a normalisation of a constant map, whose
 exact value is zero): there channels mean nothing, and T is the case's greatest noise. An output of which
@@ -120,6 +122,8 @@ class Yardstick:
         smallest: Smallest normal number of that dtype.
         program: `c` of the module's docstring.
         axes: Axes along which slices are taken; those that an output does not have are left out.
+        kin: The same output in its own dtype, perhaps on more runs: it knows the channels' usual shares where
+            one case and a few draws do not.
     """
 
     anchors: list[Tensor]
@@ -130,6 +134,7 @@ class Yardstick:
     program: float
     axes: tuple[int, ...] = (1, -1)
     draws: int = 0
+    kin: Yardstick | None = None
     reference: _Spread | None = None
     noise: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -195,11 +200,26 @@ class Yardstick:
         levels: list[tuple[float, Tensor, Tensor]] = []
         for anchor, scale, noise in zip(self.anchors, scales, noises, strict=True):
             alike = [i for i, other in enumerate(scales) if other.shape[1] == scale.shape[1]]
-            level = _level(noise, scale, [noises[i] for i in alike], [scales[i] for i in alike])
+            level = _level(
+                noise,
+                scale,
+                [noises[i] for i in alike],
+                [scales[i] for i in alike],
+                self._shares_of_kin(axis, scale.shape[1]),
+            )
             elements = anchor.numel() // max(1, scale.numel())
             factor = allowed_factor(slices, elements, self.draws, self.program)
             levels.append((factor, level, ELEMENTARY_ULPS * self.eps * scale + self.smallest))
         return levels
+
+    def _shares_of_kin(self, axis: int, slices: int) -> tuple[Tensor, Tensor] | None:
+        """Usual shares of noise and of scale, as the other precision measured them."""
+        if self.kin is None or axis not in self.kin.noise:
+            return None
+        noises = [noise for noise in self.kin.noise[axis] if noise.shape[1] == slices]
+        scales = [_slice_max(_finite(anchor).abs(), axis) for anchor in self.kin.anchors]
+        scales = [scale for scale in scales if scale.shape[1] == slices]
+        return (_profile(noises), _profile(scales)) if noises and scales else None
 
     def _judge_axis(self, errors: list[Tensor], axis: int) -> _Part:
         best = _Part(-1.0, 0.0, 1.0, 0.0, 0.0, (0, 0, 0))
@@ -299,11 +319,27 @@ def _profile(values: list[Tensor]) -> Tensor:
     return (stacked[known] / greatest[known]).square().mean(0).sqrt()
 
 
-def _level(noise: Tensor, scale: Tensor, noises: list[Tensor], scales: list[Tensor]) -> Tensor:
-    """Return T of the module's docstring for one run; `noises` and `scales` are those of all runs."""
+def _level(
+    noise: Tensor,
+    scale: Tensor,
+    noises: list[Tensor],
+    scales: list[Tensor],
+    kin: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return T of the module's docstring for one run.
+
+    Args:
+        noise: (case, slice).
+        scale: (case, slice).
+        noises: those of all runs.
+        scales: those of all runs.
+        kin: usual shares of noise and scale (slice,) measured in another precision.
+    """
     if noise.numel() == 0:
         return noise
     shares, usual = _profile(noises), _profile(scales)
+    if kin is not None:
+        shares, usual = torch.maximum(shares, kin[0]), torch.maximum(usual, kin[1])
     expected = torch.cat(scales).amax(1, keepdim=True) * usual
     relative = (torch.cat(noises) / expected)[expected > 0]
     typical = float(relative.median()) if relative.numel() else 0.0
