@@ -9,7 +9,7 @@ GraphSurgeryError
 └── RuntimeUnavailableError  a runtime that was asked for is not installed
 ```
 
-Every message is one sentence: what, where (pass, node, the line of the user's source), expected, got, what to do.
+Every message is one sentence: what, where (pass, node, source line), expected, got, what to do.
 A refusal to rewrite something is no error: it is a `graphsurgery.Refusal` in the report.
 """
 

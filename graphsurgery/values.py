@@ -142,7 +142,7 @@ def _factors(expr: sympy.Expr) -> tuple[int, list[sympy.Symbol]] | None:
 
 
 def _hint(size: torch.SymInt, symbol: sympy.Symbol) -> int:
-    """The example's value of a symbol, from the shape environment of a size that holds it; 2 where unknown."""
+    """The example's value of a symbol, from the shape environment of a size; 2 where unknown."""
     env = size.node.shape_env
     for table in ("backed_var_to_val", "var_to_val"):
         values = getattr(env, table, None)

@@ -114,14 +114,12 @@ def _dying(region: Region) -> tuple[fx.Node, ...]:
 def _path(gm: fx.GraphModule, member: fx.Node, dying: Collection[fx.Node]) -> str:
     """A module path for the new layer, free once the dying constants are gone."""
     wanted = module_path(member) or member.name
-    for operand in member.all_input_nodes:
-        if operand.op == "get_attr" and str(operand.target).endswith(".weight"):
-            wanted = str(operand.target).removesuffix(".weight")
-            break
-    else:
-        bare = next((str(o.target) for o in member.all_input_nodes if o.op == "get_attr"), "")
-        if bare and not module_path(member):
-            wanted = f"{bare}_{'conv' if op_name(member).startswith('conv') else 'linear'}"
+    weights = [str(o.target) for o in member.all_input_nodes if o.op == "get_attr"]
+    own = next((target for target in weights if target.endswith(".weight")), "")
+    if own:
+        wanted = own.removesuffix(".weight")
+    elif weights and is_heavy(member):  # a bare parameter, named as restore names it
+        wanted = f"{weights[0]}_{'conv' if op_name(member).startswith('conv') else 'linear'}"
     readers = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target).startswith(wanted + ".")]
     slots = [n for n in readers if str(n.target) in (f"{wanted}.weight", f"{wanted}.bias")]
     if slots and all(n in dying for n in slots):

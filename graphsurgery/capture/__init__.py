@@ -69,7 +69,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
         notes = ("the model was in training mode; captured as in evaluation mode",)
     with evaluated(model):
         expected = run_model(model, inputs)
-    with evaluated(model):
+    with evaluated(model):  # as found: a run may have left something behind that export would bake in
         exported = export_model(model, inputs, dynamic_shapes)
     name = type(model).__name__
     gm, more = _to_dialect(exported.program, name)

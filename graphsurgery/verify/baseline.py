@@ -17,7 +17,7 @@ from graphsurgery.verify.compare import (
     Yardstick,
     canonical,
 )
-from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, battery, samples_for
+from graphsurgery.verify.inputs import CASES, Batch, as_inputs, battery, samples_for
 from graphsurgery.verify.judge import judge
 from graphsurgery.verify.precision import nudge_inputs
 from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, TorchRunner, runner_for
@@ -96,13 +96,15 @@ class Baseline:
         self.seed = seed
         self.notes: list[str] = []
         example = as_inputs(inputs)
-        flops = self._flops(example, dynamic_batch)
+        # The first run of a battery is the same whatever its size.
+        first = battery(example, dynamic_batch=dynamic_batch, samples=1, seed=seed)[0]
+        flops, answer = self._run_first(first)
         if samples is None:
             samples = samples_for(flops)
         self.full = samples >= len(CASES)
         self.draws = max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
         self.batches, native = self._run_native(
-            battery(example, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
+            battery(example, dynamic_batch=dynamic_batch, samples=samples, seed=seed), answer
         )
         self.double = isinstance(self.runner, TorchRunner) and self.runner.is_double(example)
         exact = self._run_exact(native)
@@ -122,13 +124,13 @@ class Baseline:
 
     # -- running the reference ----------------------------------------------------------------------------
 
-    def _flops(self, example: Inputs, dynamic_batch: bool) -> float:
-        one = battery(example, dynamic_batch=dynamic_batch, samples=1)[0].inputs
+    def _run_first(self, first: Batch) -> tuple[float, Outputs]:
+        """Run the example alone, and count the floating-point operations that it takes."""
         if isinstance(self.runner, OnnxRunner):
-            return self.runner.flops()
+            return self.runner.flops(), self._try_example(lambda: self.runner.run(first.inputs))
         with FlopCounterMode(display=False) as counter:
-            self._try_example(lambda: self.runner.run(one))
-        return float(counter.get_total_flops())
+            outputs = self._try_example(lambda: self.runner.run(first.inputs))
+        return float(counter.get_total_flops()), outputs
 
     def _try_example(self, run: Callable[[], Outputs]) -> Outputs:
         try:
@@ -141,8 +143,8 @@ class Baseline:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _run_native(self, batches: tuple[Batch, ...]) -> tuple[list[Batch], list[Outputs]]:
-        kept, found = [batches[0]], [self._try_example(lambda: self.runner.run(batches[0].inputs))]
+    def _run_native(self, batches: tuple[Batch, ...], answer: Outputs) -> tuple[list[Batch], list[Outputs]]:
+        kept, found = [batches[0]], [answer]
         for batch in batches[1:]:
             try:
                 outputs = self.runner.run(batch.inputs)

@@ -20,9 +20,11 @@ __all__ = [
     "Float64Mode",
     "Nudger",
     "copy_module",
+    "float64_state",
     "nudge_inputs",
-    "nudge_module",
-    "nudge_module_float64",
+    "nudged_state",
+    "state_of",
+    "stored_state",
     "to_float64",
     "uses_low_precision",
 ]
@@ -156,28 +158,33 @@ class Nudger:
         return moved.view(tensor.shape).to(tensor.dtype)
 
 
-def nudge_module(module: nn.Module, ulps: float, seed: int) -> nn.Module:
-    """Move every parameter and float buffer of `module`, a copy of our own, in place; return it."""
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the float parameters and buffers of `module` by name, each once, without gradients."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: t.detach() for name, t in tensors if t.is_floating_point() or t.is_complex()}
+
+
+def nudged_state(module: nn.Module, ulps: float, seed: int) -> dict[str, Tensor]:
+    """Return the state of `module` with every real tensor moved by `ulps` units in the last place."""
     nudger = Nudger(seed, ulps)
-    with torch.no_grad():
-        for tensor in _floats(module):
-            tensor.copy_(nudger(tensor))
-    return module
+    return {name: nudger(tensor) for name, tensor in state_of(module).items()}
 
 
-def nudge_module_float64(module: nn.Module, seed: int) -> nn.Module:
-    """Cast a copy of our own to float64, each parameter moved by half a unit of its old dtype.
+def float64_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of `module` in float64 (complex tensors in complex128)."""
+    return {name: tensor.to(_TO_DOUBLE.get(tensor.dtype)) for name, tensor in state_of(module).items()}
+
+
+def stored_state(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Return the state of `module` in float64, each real tensor moved by half a unit of its own dtype.
 
     This is what storing the parameters in that dtype may have done to them, without any rounding of
     arithmetic.
     """
     nudger = Nudger(seed, 0.5)
-    units = [torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0 for t in _floats(module)]
-    module.double()
-    with torch.no_grad():
-        for tensor, unit in zip(_floats(module), units, strict=True):
-            tensor.copy_(nudger(tensor, unit))
-    return module
+    wide = float64_state(module)
+    units = {name: torch.finfo(tensor.dtype).eps for name, tensor in state_of(module).items()}
+    return {name: nudger(tensor, units[name]) for name, tensor in wide.items()}
 
 
 def nudge_inputs(inputs: Inputs, ulps: float, seed: int) -> Inputs:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import VerificationError
@@ -21,8 +22,9 @@ from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
     copy_module,
-    nudge_module,
-    nudge_module_float64,
+    float64_state,
+    nudged_state,
+    stored_state,
     to_float64,
     uses_low_precision,
 )
@@ -115,47 +117,52 @@ class TorchRunner:
 
     def float64(self) -> Runner:
         """Return a runner of the module cast to float64."""
-        return _Float64Runner(f"{self.name} in float64", self._fresh().double())
+        return _Float64Runner(f"{self.name} in float64", self._copy, float64_state(self._copy))
 
     def float64_stored(self, seed: int) -> Runner:
         """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
-        module = nudge_module_float64(self._fresh(), seed)
-        return _Float64Runner(f"{self.name} in float64, rounded", module, Nudger(seed, 0.5))
+        state = stored_state(self._copy, seed)
+        return _Float64Runner(f"{self.name} in float64, rounded", self._copy, state, Nudger(seed, 0.5))
 
     def nudged(self, seed: int, ulps: float) -> Runner:
         """Return a runner of the module with every parameter and float buffer moved by `ulps` units."""
-        return _ModuleRunner(f"{self.name} nudged", nudge_module(self._fresh(), ulps, seed))
+        return _StateRunner(f"{self.name} nudged", self._copy, nudged_state(self._copy, ulps, seed))
 
 
-class _ModuleRunner:
-    """Runs a module that is ours alone."""
+class _StateRunner:
+    """Runs a module that is ours alone with other parameters and buffers than its own."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, state: dict[str, Tensor]) -> None:
         self.name = name
         self._module = module
+        self._state = state
 
     def run(self, inputs: Inputs) -> Outputs:
-        return _call(self._module, inputs)
+        return _call(self._module, inputs, self._state)
 
 
-class _Float64Runner(_ModuleRunner):
-    """Runs a module that is ours alone with every operation in float64."""
+class _Float64Runner(_StateRunner):
+    """The same with every operation in float64."""
 
-    def __init__(self, name: str, module: nn.Module, nudger: Nudger | None = None) -> None:
-        super().__init__(name, module)
+    def __init__(
+        self, name: str, module: nn.Module, state: dict[str, Tensor], nudger: Nudger | None = None
+    ) -> None:
+        super().__init__(name, module, state)
         self._nudger = nudger
 
     def run(self, inputs: Inputs) -> Outputs:
         with Float64Mode(self._nudger):
-            return _call(self._module, to_float64(inputs))
+            return _call(self._module, to_float64(inputs), self._state)
 
 
-def _call(module: nn.Module, inputs: Inputs) -> Outputs:
+def _call(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None = None) -> Outputs:
     leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()]
     own = inputs.replace(leaves)  # a forward may write into its input
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return flatten_outputs(module(*own.args, **dict(own.kwargs or {})))
+        if state is None:
+            return flatten_outputs(module(*own.args, **dict(own.kwargs or {})))
+        return flatten_outputs(functional_call(module, state, own.args, dict(own.kwargs or {})))
 
 
 def flatten_outputs(found: Any) -> Outputs:

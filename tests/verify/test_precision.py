@@ -12,8 +12,8 @@ from graphsurgery.verify.precision import (
     Nudger,
     copy_module,
     nudge_inputs,
-    nudge_module,
-    nudge_module_float64,
+    nudged_state,
+    stored_state,
     to_float64,
     uses_low_precision,
 )
@@ -91,18 +91,19 @@ def test_nudge_keeps_zeros_infinities_integers_and_layout() -> None:
 
 def test_nudged_float64_is_off_by_the_storage_of_the_old_dtype() -> None:
     module = nn.Linear(50, 50)
-    moved = nudge_module_float64(copy_module(module), seed=0)
+    moved = stored_state(module, seed=0)["weight"]
     weight = module.weight.detach().double()
-    share = ((moved.weight - weight) / weight).abs().max() / 2.0**-24
-    assert moved.weight.dtype == torch.float64
+    share = ((moved - weight) / weight).abs().max() / 2.0**-24
+    assert moved.dtype == torch.float64
     assert 0.9 < float(share) <= 1.0
 
 
 def test_nudged_module_and_inputs_are_those_of_the_seed() -> None:
     module = nn.Linear(5, 5)
-    one, same, other = (nudge_module(copy_module(module), 1.0, seed) for seed in (1, 1, 2))
-    assert torch.equal(one.weight, same.weight)
-    assert not torch.equal(one.weight, other.weight)
+    one, same, other = (nudged_state(module, 1.0, seed)["weight"] for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, module.weight)
     inputs = as_inputs((torch.randn(3), torch.arange(3)))
     assert torch.equal(nudge_inputs(inputs, 1.0, 0).args[1], torch.arange(3))
     assert to_float64(inputs).args[0].dtype == torch.float64
