@@ -84,6 +84,10 @@ class Cost:
         """Sum figure by figure."""
         return Cost(*(a + b for a, b in zip(self.figures(), other.figures(), strict=True)))
 
+    def __sub__(self, other: Cost) -> Cost:
+        """Difference figure by figure."""
+        return Cost(*(a - b for a, b in zip(self.figures(), other.figures(), strict=True)))
+
     def figures(self) -> tuple[int, int, int, int, int]:
         """The figures in field order."""
         return (self.macs, self.elementwise, self.moved, self.params, self.nodes)

@@ -21,9 +21,7 @@ LIMIT = 1e-11
 """Largest relative residual of a right fold. Right ones have 3e-16 in the median and 3e-14 at most."""
 
 _ROUNDING = 2.0**-45  # of the value itself, which a large shift may dominate: 2**7 float64 roundings
-_NEGLIGIBLE = (
-    1e-4  # of the largest channel's variation: a channel of nearly nothing is measured by the others
-)
+_NEGLIGIBLE = 1e-4  # of the largest variation: a channel of nearly nothing is measured by the others
 _SAMPLES = 8  # least number of positions over which a channel's scale is taken
 
 
@@ -31,7 +29,8 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     """Largest deviation of the program from the region, relative to each channel's own variation.
 
     The unit is how far a channel moves over the sample, not how large it is: a large shift would hide an
-    error of small coefficients. What float64 rounding of the channel's size explains is allowed on top.
+    error of small coefficients. What float64 rounding of the largest value explains is allowed on top, for
+    sums that cancel in one channel were rounded at the size of the others.
 
     Args:
         region: the region.
@@ -58,7 +57,8 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     if not (torch.isfinite(size).all() and torch.isfinite(error).all()):
         return float("inf")
     variation = high - low
-    unit = torch.clamp(variation, min=float(variation.max()) * _NEGLIGIBLE) + size * (_ROUNDING / LIMIT)
+    floor = float(variation.max()) * _NEGLIGIBLE
+    unit = torch.clamp(variation, min=floor) + float(size.max()) * (_ROUNDING / LIMIT)
     return float((error / unit.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
@@ -66,7 +66,7 @@ def _batch(region: Region) -> int:
     """A batch size that gives channels enough positions, and is not 1 where views may name the batch."""
     roles = Roles(region.axes, len(region.scope.shape(region.entry)))
     positions = prod(region.scope.actual(roles.exit_sizes[a], 1) for a in roles.shared + roles.windowed)
-    return max(2 if region.axes.pinned or region.moving else 1, -(-_SAMPLES // positions))
+    return max(2 if region.axes.pinned or region.tally.moving else 1, -(-_SAMPLES // positions))
 
 
 def _by_channel(region: Region, value: torch.Tensor, batch: int) -> tuple[torch.Tensor, list[int]]:

@@ -37,23 +37,37 @@ class Option:
     cost: Cost
 
 
-def options(region: Region) -> list[Option]:
-    """All forms of a region with their costs, cheapest first.
+def options(region: Region) -> tuple[Option, ...]:
+    """All forms of a region with their costs, cheapest first; regions with equal axes have equal forms.
 
     Raises:
         NoFold: the region has no form.
     """
     scope = region.scope
     entry = scope.shape(region.entry)
+    key = (region.axes, entry, region.tally.heavy > 0)
+    found = scope.memory.get(key)
+    if found is None:
+        try:
+            found = tuple(sorted(_options(region, entry), key=lambda option: score(option.cost)))
+        except NoFold as refusal:
+            found = refusal
+        scope.memory[key] = found
+    if isinstance(found, NoFold):
+        raise NoFold(found.code, found.reason)
+    return found
+
+
+def _options(region: Region, entry: tuple[int, ...]) -> list[Option]:
+    scope = region.scope
     found = []
-    for form in candidates(region.axes, entry, bool(region.heavy)):
-        if _symbolic_views(region, form):
-            continue
-        cost = program_cost(form.steps, form.slots, lambda n: scope.actual(n, 1))
-        found.append(Option(form, cost))
+    for form in candidates(region.axes, entry, region.tally.heavy > 0):
+        if not _symbolic_views(region, form):
+            cost = program_cost(form.steps, form.slots, lambda n: scope.actual(n, 1))
+            found.append(Option(form, cost))
     if not found:
         raise NoFold("dynamic-shape", "its views would need more than one symbolic size")
-    return sorted(found, key=lambda option: score(option.cost))
+    return found
 
 
 def _symbolic_views(region: Region, form: Form) -> bool:
@@ -66,25 +80,24 @@ def _moving(form: Form) -> int:
     return sum(isinstance(step, (Reshape, Permute, Pad)) for step in form.steps)
 
 
-def objection(region: Region, before: Cost, option: Option, max_param_growth: float) -> str | None:
+def objection(region: Region, option: Option, max_param_growth: float) -> str | None:
     """Why a form does not pay, in one sentence with both costs; None where it does.
 
     Args:
         region: the region. A single layer is neither blown up nor wrapped in views to save its padding.
-        before: what it costs now.
         option: the form.
         max_param_growth: how many times the parameters the form may have.
     """
-    after = option.cost
+    before, after = region.tally.cost, option.cost
     both = f"now {before}; as one {option.form.kind} {after}"
     if after.macs > before.macs:
         return f"folding would take more multiplications: {both}"
     if score(after) >= score(before):
         return f"folding would not be cheaper: {both}"
-    if region.layers == 1 and _moving(option.form) > region.moving:
+    if region.tally.layers == 1 and _moving(option.form) > region.tally.moving:
         return f"the layer would need more views and permutes around it: {both}"
     bias = option.form.slots.get("bias", (0,))[0]
-    if after.macs < before.macs and region.layers > 1:
+    if after.macs < before.macs and region.tally.layers > 1:
         if after.params > max_param_growth * before.params:
             return f"folding would take more than {max_param_growth:g} times the parameters: {both}"
     elif after.params > before.params + bias:

@@ -130,7 +130,7 @@ def _diagonal(
 
 def permuted_kernel(region: Region, form: Form) -> torch.Tensor | None:
     """`K[1, f, g]` of one Linear among calls that only move and scale; None for any other region."""
-    heavy = region.heavy
+    heavy = [node for node in region.nodes if is_heavy(node)]
     if len(heavy) != 1 or op_name(heavy[0]) != "linear" or form.axes is not region.axes:
         return None
     if any(atom.window is not None or (atom.carried and atom.varied) for atom in region.axes.atoms()):

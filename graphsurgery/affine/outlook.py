@@ -82,9 +82,12 @@ def _towards_exit(scope: Scope, node: fx.Node) -> fx.Node | None:
 
 def _branches(scope: Scope, node: fx.Node) -> Iterator[Declined]:
     """A sum or concatenation whose operands all come from one value by affine calls."""
-    live = [o for o in node.all_input_nodes if o not in scope.constant and is_tensor(o)]
+    live = _joined(scope, node)
     if len(live) < 2:
         return
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is not None and op_name(reader) in _JOINS and len(_joined(scope, reader)) > 1:
+        return  # a longer sum: its last call speaks for all of it
     lines = [_affine_line(scope, operand) for operand in live]
     common = set(lines[0]).intersection(*lines[1:])
     layers = [n for line in lines for n in line if is_heavy(n) and not set(line) <= common]
@@ -100,6 +103,10 @@ def _branches(scope: Scope, node: fx.Node) -> Iterator[Declined]:
         "branches",
         f"parallel branches from {_called(entry)} ({names}) meet in {_called(node)}: branches are not merged",
     )
+
+
+def _joined(scope: Scope, node: fx.Node) -> list[fx.Node]:
+    return [o for o in node.all_input_nodes if o not in scope.constant and is_tensor(o)]
 
 
 def _affine_line(scope: Scope, node: fx.Node) -> list[fx.Node]:

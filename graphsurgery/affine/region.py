@@ -7,7 +7,8 @@ rounded to the model's dtype on the way; the certificate would be blind to such 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,45 @@ from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 _CASTS = frozenset({"_to_copy", "to"})
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What a stretch of calls consists of.
+
+    Attributes:
+        cost: what it costs now, per sample; of the parameters those that only it reads.
+        heavy: how many calls multiply by weights.
+        layers: how many calls multiply by weights or pool.
+        moving: how many calls only view or permute.
+        shares: how many of its calls read parameters that other calls read too.
+    """
+
+    cost: Cost = field(default_factory=Cost)
+    heavy: int = 0
+    layers: int = 0
+    moving: int = 0
+    shares: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        """Both stretches, one after the other."""
+        return Tally(
+            self.cost + other.cost,
+            self.heavy + other.heavy,
+            self.layers + other.layers,
+            self.moving + other.moving,
+            self.shares + other.shares,
+        )
+
+    def __sub__(self, other: Tally) -> Tally:
+        """What is left of a stretch without its first part."""
+        return Tally(
+            self.cost - other.cost,
+            self.heavy - other.heavy,
+            self.layers - other.layers,
+            self.moving - other.moving,
+            self.shares - other.shares,
+        )
+
+
 class Scope:
     """One graph under analysis: its symbols, its constants, and their float64 values when asked for.
 
@@ -28,6 +68,8 @@ class Scope:
         gm: the graph module; not changed.
         sizes: its symbols.
         constant: its constant nodes.
+        primes: the primes that stand for symbolic sizes.
+        memory: what was found for regions with equal axes (see `choice.options`).
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -37,6 +79,8 @@ class Scope:
         self.constant = constant_nodes(gm.graph)
         self.primes = tuple(self.sizes.primes)
         self._readers = self._read_by()
+        self._tallies: dict[fx.Node, Tally] = {}
+        self.memory: dict[Any, Any] = {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """A node's shape, symbols as primes."""
@@ -61,6 +105,20 @@ class Scope:
                 for tensor in through:
                     readers.setdefault(tensor, set()).add(node)
         return readers
+
+    def tally(self, node: fx.Node) -> Tally:
+        """What one call consists of."""
+        if node not in self._tallies:
+            params, shares = self.params((node,))
+            heavy = int(is_heavy(node))
+            self._tallies[node] = Tally(
+                node_cost(node, self.sizes) + Cost(params=params),
+                heavy,
+                heavy or int("pool" in op_name(node)),
+                int(kind_of(node) == "movement"),
+                int(shares),
+            )
+        return self._tallies[node]
 
     def params(self, nodes: Sequence[fx.Node]) -> tuple[int, bool]:
         """Numbers in the tensors that only the given calls read, and whether they read others too."""
@@ -122,11 +180,13 @@ class Region:
         scope: the graph.
         nodes: its calls; the last one is the exit.
         axes: what it does to the axes of the entry.
+        summed: the sum of its calls' tallies, where the caller has it.
     """
 
     scope: Scope
     nodes: tuple[fx.Node, ...]
     axes: Axes = field(compare=False)
+    summed: Tally | None = field(default=None, compare=False)
 
     @property
     def entry(self) -> fx.Node:
@@ -138,25 +198,14 @@ class Region:
         """The call whose value leaves the region."""
         return self.nodes[-1]
 
-    @property
-    def heavy(self) -> tuple[fx.Node, ...]:
-        """The calls that multiply by weights."""
-        return tuple(node for node in self.nodes if is_heavy(node))
-
-    @property
-    def layers(self) -> int:
-        """How many calls multiply by weights or pool."""
-        return sum(is_heavy(node) or "pool" in op_name(node) for node in self.nodes)
-
-    @property
-    def moving(self) -> int:
-        """How many calls only view or permute."""
-        return sum(kind_of(node) == "movement" for node in self.nodes)
-
-    def cost(self) -> Cost:
-        """What the region costs now, per sample; of the parameters those that only it reads."""
-        total = sum((node_cost(node, self.scope.sizes) for node in self.nodes), Cost())
-        return total + Cost(params=self.scope.params(self.nodes)[0])
+    @cached_property
+    def tally(self) -> Tally:
+        """What the region consists of and costs."""
+        own = self.summed or sum((self.scope.tally(node) for node in self.nodes), Tally())
+        if not own.shares:
+            return own
+        params, shares = self.scope.params(self.nodes)  # weights may be shared within the region only
+        return replace(own, cost=replace(own.cost, params=params), shares=int(shares))
 
     def runner(
         self, batch: int, nodes: Sequence[fx.Node] | None = None

@@ -16,7 +16,7 @@ from torch import fx
 from graphsurgery.affine import rules, rules_linear, rules_movement, rules_position
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.choice import Option, Score, objection, options, score
-from graphsurgery.affine.region import Region, Scope, is_heavy
+from graphsurgery.affine.region import Region, Scope, Tally, is_heavy
 from graphsurgery.cost import Cost, op_name
 
 _RULE_ROOMS = (rules_linear, rules_movement, rules_position)  # imported for what they register
@@ -28,7 +28,6 @@ class Fold:
 
     region: Region
     option: Option
-    before: Cost
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,14 @@ class ChainSearch:
         """Prepare the search; see `folds` and `declined`."""
         self.scope, self.chain, self.growth = scope, chain, max_param_growth
         self.size = len(chain.nodes)
+        self._sums = [Tally()]
+        for node in chain.nodes:
+            self._sums.append(self._sums[-1] + scope.tally(node))
 
     def region(self, start: int, stop: int, axes: Axes) -> Region:
         """The stretch of calls from `start` up to `stop`, exclusive."""
-        return Region(self.scope, self.chain.nodes[start:stop], axes)
+        summed = self._sums[stop] - self._sums[start]
+        return Region(self.scope, self.chain.nodes[start:stop], axes, summed)
 
     def walk(self, start: int) -> Iterator[tuple[int, Axes]]:
         """The axes of every stretch that starts at a cut, shortest first.
@@ -120,7 +123,7 @@ class ChainSearch:
     def folds(self) -> list[Fold]:
         """The stretches to fold, in order."""
         best: list[tuple[Score, int, Fold | None]] = [((0, 0, 0), 0, None)]
-        alone = [score(self.region(i, i + 1, _NO_AXES).cost()) for i in range(self.size)]
+        alone = [score(self.scope.tally(node).cost) for node in self.chain.nodes]
         table: dict[int, list[tuple[int, Fold]]] = {}
         for start in range(self.size):
             for fold in self._worthwhile(start):
@@ -146,14 +149,13 @@ class ChainSearch:
                 if stop - start < 2:
                     continue
                 region = self.region(start, stop, axes)
-                before = region.cost()
                 try:
                     found = options(region)
                 except NoFold:
                     continue
-                option = next((o for o in found if objection(region, before, o, self.growth) is None), None)
+                option = next((o for o in found if objection(region, o, self.growth) is None), None)
                 if option is not None:
-                    yield Fold(region, option, before)
+                    yield Fold(region, option)
         except NoFold:
             return
 
@@ -164,14 +166,12 @@ class ChainSearch:
             nodes = (self.chain.nodes[first], self.chain.nodes[second])
             try:
                 region = self.region(first, second + 1, self.axes(first, second + 1))
-                before = region.cost()
                 option = options(region)[0]
-                reason = objection(region, before, option, self.growth)
+                reason = objection(region, option, self.growth)
                 if reason is not None:
                     code, cause = self._cause(region)
-                    yield Declined(
-                        nodes, code, f"{cause}; {reason}" if cause else reason, before, option.cost
-                    )
+                    whole = f"{cause}; {reason}" if cause else reason
+                    yield Declined(nodes, code, whole, region.tally.cost, option.cost)
             except NoFold as refusal:
                 yield Declined(nodes, refusal.code, refusal.reason)
 
@@ -179,7 +179,7 @@ class ChainSearch:
         """What lies behind a form that does not pay."""
         if region.axes.causes:
             return region.axes.causes[-1]
-        if self.scope.params(region.nodes)[1]:
+        if region.tally.shares:
             return "shared-weights", "some of the weights are read by other calls too and would stay"
         return "costs-more", ""
 

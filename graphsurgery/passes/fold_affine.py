@@ -74,7 +74,7 @@ class FoldAffine(Pass):
 
     def _fold(self, fold: Fold) -> Change | Refusal:
         """Fill, certify and write one fold; a fold that fails its certificate is dropped."""
-        region, before = fold.region, fold.before
+        region, before = fold.region, fold.region.tally.cost
         nodes = tuple(NodeRef.of(node) for node in region.nodes)
         try:
             filled = fill(region, fold.option.form, self.memory_budget)
