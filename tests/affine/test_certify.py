@@ -79,3 +79,15 @@ def test_borders_are_compared_too() -> None:
     shifted = replace(filled.form, steps=(replace(step, padding=(0, 1), out=step.out),))
     with pytest.raises(RuntimeError):  # another number of positions cannot even be compared
         residual(region, shifted, filled.slots)
+
+
+def test_a_long_chain_whose_signal_dies_away_is_still_certified() -> None:
+    """Fifty layers shrink the input by 1e-12 beside their biases: what is left is rounding of the biases."""
+    torch.manual_seed(0)
+    region, filled = region_of(
+        nn.Sequential(*[nn.Linear(16, 16) for _ in range(50)]).double(), torch.randn(2, 16).double()
+    )
+    assert residual(region, filled.form, filled.slots) <= LIMIT
+    bias = filled.slots["bias"].clone()
+    bias[3] *= 1 + 1e-3
+    assert residual(region, filled.form, {**filled.slots, "bias": bias}) > LIMIT
