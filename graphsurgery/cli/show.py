@@ -59,14 +59,15 @@ def verdict(result: gs.Verdict) -> list[RenderableType]:
 def passes(described: list[dict[str, Any]]) -> Table:
     """The passes, in the order they run."""
     table = Table(show_edge=False, pad_edge=False)
-    for heading in ("pass", "does", "runs by default", "values", "options"):
-        table.add_column(heading)
+    for heading in ("pass", "does", "runs", "values", "options"):
+        # A name that is cut off cannot be typed again; what a pass does may take several lines.
+        table.add_column(heading, no_wrap=heading != "does")
     for item in described:
         table.add_row(
             item["name"],
             item["summary"],
-            "yes" if item["default"] else "when named",
+            "by default" if item["default"] else "when named",
             item["preserves"]["values"],
-            ", ".join(item["options"]) or "-",
+            "\n".join(item["options"]) or "-",
         )
     return table
