@@ -8,7 +8,7 @@ All figures are per sample: a dynamic batch counts as 1.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -91,10 +91,6 @@ class Cost:
     def figures(self) -> tuple[int, int, int, int, int]:
         """The figures in field order."""
         return (self.macs, self.elementwise, self.moved, self.params, self.nodes)
-
-    def to_dict(self) -> dict[str, int]:
-        """The figures by name."""
-        return asdict(self)
 
     def __str__(self) -> str:
         """One line for refusals and tables."""

@@ -112,7 +112,7 @@ class Sizes:
     def actual(self, size: int, batch: int) -> int:
         """A size written with primes, at a real batch size; other symbols as in the example."""
         for prime, expr in self.primes.items():
-            while size % prime == 0:
+            while size and size % prime == 0:
                 size = size // prime * _substitute(expr, self._binding(batch))
         return size
 

@@ -84,8 +84,11 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
         if layer is None:
             continue
         layer = layer.double().eval()
-        with torch.no_grad():
-            value = layer(torch.zeros(shape, dtype=torch.float64))
+        try:
+            with torch.no_grad():
+                value = layer(torch.zeros(shape, dtype=torch.float64))
+        except RuntimeError:  # a window larger than what there is
+            continue
         if value.numel() > 4000 or 0 in value.shape or value.shape[0] != 2:
             continue
         shape = value.shape
@@ -95,7 +98,7 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
 
 def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
     rank = len(shape) - 2
-    kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout"]
+    kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit"]
     kinds += ["conv", "conv", "conv", "pool"] if 1 <= rank <= 3 else []
     kind = rng.choice(kinds)
     match kind:
@@ -121,6 +124,11 @@ def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
         case "permute":
             order = [0, *rng.sample(range(1, len(shape)), len(shape) - 1)]
             return Call(lambda x: x.permute(order))
+        case "unit":
+            axis = rng.randint(1, len(shape))
+            if axis < len(shape) and shape[axis] == 1:
+                return Call(lambda x: x.squeeze(axis))
+            return Call(lambda x: x.unsqueeze(axis)) if len(shape) < 5 else None
         case "dropout":
             return nn.Dropout(0.5)
         case "pool":

@@ -276,7 +276,3 @@ class Axes:
         kept = set(keep)
         axes = self.consume(atom for atom in self.atoms() if atom not in kept)
         return axes.with_dims(tuple(a if a in kept else Atom(a.size) for a in dim) for dim in self.dims)
-
-    def even(self) -> Axes:
-        """The same with a shift that is known to be uniform over positions."""
-        return self.with_dims(tuple(a._replace(uneven=False) for a in dim) for dim in self.dims)

@@ -89,7 +89,11 @@ def _shift(region: Region, roles: Roles, form: Form) -> dict[str, torch.Tensor]:
     for label in target:
         if label not in keep:  # uniform along this label: any coordinate will do
             value = value.narrow(position[label], 0, 1)
-    return {name: value.permute([position[a] for a in target]).reshape(form.slots[name]).contiguous()}
+    return {
+        name: value.permute([position[a] for a in target])
+        .reshape(form.slots[name])
+        .clone(memory_format=torch.contiguous_format)
+    }
 
 
 def _spread(
@@ -107,7 +111,7 @@ def _spread(
     for i, label in enumerate(flat):
         if label not in labels:
             value = value.unsqueeze(i)
-    return value.expand([sizes[a] for a in flat]).reshape(shape).contiguous()
+    return value.expand([sizes[a] for a in flat]).reshape(shape).clone(memory_format=torch.contiguous_format)
 
 
 def _by_label(
@@ -204,8 +208,9 @@ class _Probe:
                 entry_sizes[label] = w.s * p + w.hi + 1
         shape = [prod(scope.actual(entry_sizes[a], batch) for a in dim) for dim in roles.entry]
         if not roles.axes.pinned and self.windows:
+            small = [prod(scope.actual(entry_sizes[a], 1) for a in dim) for dim in roles.entry]
             with torch.no_grad():
-                probe = self.region.runner(1)(torch.zeros([1, *shape[1:]], dtype=torch.float64))
+                probe = self.region.runner(1)(torch.zeros(small, dtype=torch.float64))
             for dim, size in zip(roles.exit, probe.shape, strict=True):
                 if len(dim) == 1 and dim[0] in roles.windowed:
                     exit_sizes[dim[0]] = size

@@ -14,11 +14,12 @@ from graphsurgery.affine.coefficients import Coefficients
 from graphsurgery.affine.program import Conv, Linear, Pad, Permute, Reshape, Scale, Shift, Step
 from graphsurgery.affine.region import Region, is_heavy
 from graphsurgery.cost import op_name
-from graphsurgery.graph import annotate, fresh_module_path, get_attr_value, module_path, set_attr
+from graphsurgery.graph import annotate, fake_mode, fresh_attr, get_attr_value, module_path, set_attr
 from graphsurgery.values import tensor_meta
 
 aten = torch.ops.aten
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_NAMED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
     device = tensor_meta(region.exit).device
     member = resembled(region, filled.form.kind)
     dying = _dying(region)
-    path = _path(gm, member, dying)
+    path = _path(region, member, dying, filled.slots)
     attributes: dict[str, fx.Node] = {}
     written: list[str] = []
     trainable = any(get_attr_value(gm, str(n.target)).requires_grad for n in dying if n.op == "get_attr")
     last: fx.Node = region.exit
     for slot, value in filled.slots.items():
         target = f"{path}.{slot}"
-        stored = value.to(dtype=dtype, device=device).contiguous().requires_grad_(trainable)
+        stored = value.to(dtype=dtype, device=device, memory_format=torch.contiguous_format, copy=True)
+        stored.requires_grad_(trainable)
         set_attr(gm, target, stored, parameter=slot in ("weight", "bias"))
         with graph.inserting_after(last):
             last = attributes[slot] = graph.get_attr(target)
@@ -84,7 +86,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
             if key in member.meta:
                 value_node.meta[key] = member.meta[key]
         if index + 1 < len(filled.form.steps):
-            annotate(gm, value_node)
+            value_node.meta["val"] = _value(region, step.out)
         else:
             value_node.meta["val"] = region.exit.meta["val"]
         nodes.append(value_node)
@@ -93,6 +95,28 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
         if not node.users:
             graph.erase_node(node)
     return Emitted(tuple(nodes), tuple(written))
+
+
+def _value(region: Region, shape: tuple[int, ...]) -> torch.Tensor:
+    """A fake tensor of a shape that is written with primes for symbols, dtype and device as the exit's."""
+    like = tensor_meta(region.exit)
+    sizes = [_size(region, n) for n in shape]
+    with fake_mode(region.scope.gm):
+        return torch.empty(sizes, dtype=like.dtype, device=like.device)
+
+
+def _size(region: Region, size: int) -> int | torch.SymInt:
+    """A size with its symbols put back: read off the entry or the exit, which hold all that there are."""
+    symbols: dict[int, int | torch.SymInt] = {}
+    for node in (region.exit, region.entry):
+        for number, known in zip(region.scope.shape(node), tensor_meta(node).shape, strict=True):
+            symbols[number] = known
+    if size in symbols:
+        return symbols[size]
+    for prime, symbol in symbols.items():
+        if _symbolic(prime, region) and size % prime == 0:
+            return symbol * (size // prime)
+    return size
 
 
 def _dying(region: Region) -> tuple[fx.Node, ...]:
@@ -111,20 +135,29 @@ def _dying(region: Region) -> tuple[fx.Node, ...]:
     return tuple(dying)
 
 
-def _path(gm: fx.GraphModule, member: fx.Node, dying: Collection[fx.Node]) -> str:
-    """A module path for the new layer, free once the dying constants are gone."""
+def _path(region: Region, member: fx.Node, dying: Collection[fx.Node], slots: Collection[str]) -> str:
+    """A module path under which every slot is free, or held by constants that are dying and by no other."""
+    gm = region.scope.gm
     wanted = module_path(member) or member.name
-    weights = [str(o.target) for o in member.all_input_nodes if o.op == "get_attr"]
-    own = next((target for target in weights if target.endswith(".weight")), "")
-    if own:
-        wanted = own.removesuffix(".weight")
-    elif weights and is_heavy(member):  # a bare parameter, named as restore names it
-        wanted = f"{weights[0]}_{'conv' if op_name(member).startswith('conv') else 'linear'}"
-    readers = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target).startswith(wanted + ".")]
-    slots = [n for n in readers if str(n.target) in (f"{wanted}.weight", f"{wanted}.bias")]
-    if slots and all(n in dying for n in slots):
-        return wanted
-    return fresh_module_path(gm, wanted)
+    weight = member.args[1] if is_heavy(member) and len(member.args) > 1 else None
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        target = str(weight.target)
+        kind = "conv" if op_name(member).startswith("conv") else "linear"
+        # A bare parameter becomes a layer, named as restore names it.
+        wanted = target.removesuffix(".weight") if target.endswith(".weight") else f"{target}_{kind}"
+    living = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n not in dying}
+    leaving = {str(n.target) for n in dying if n.op == "get_attr"} - living
+
+    def free(path: str) -> bool:
+        # A layer is read as one from its weight and bias: neither may be another's.
+        names = [f"{path}.{slot}" for slot in {*slots, "weight", "bias"}]
+        return all(name in leaving or fresh_attr(gm, name) == name for name in names)
+
+    path, count = wanted, 0
+    while not free(path):
+        count += 1
+        path = f"{wanted}_{count}"
+    return path
 
 
 def _call(
@@ -140,9 +173,11 @@ def _call(
         case Linear(bias, _, _):
             return aten.linear.default, (x, attributes["weight"], attributes["bias"] if bias else None)
         case Conv():
-            options = [list(o) for o in (step.stride, step.padding, step.dilation)]
+            rank, named = len(step.kernel) - 1, isinstance(step.padding, str)
+            padding = step.padding if isinstance(step.padding, str) else list(step.padding)
+            options = (list(step.stride), padding, list(step.dilation), step.groups)
             bias_node = attributes["bias"] if step.bias else None
-            return _CONVS[len(step.kernel) - 1], (x, attributes["weight"], bias_node, *options, step.groups)
+            return (_NAMED if named else _CONVS)[rank], (x, attributes["weight"], bias_node, *options)
         case Scale(_):
             return aten.mul.Tensor, (x, attributes["scale"])
         case Shift(_):

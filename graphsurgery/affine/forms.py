@@ -145,7 +145,8 @@ def candidates(axes: Axes, entry: Sequence[int], heavy: bool) -> list[Form]:
             except NoFold as reason:
                 reasons.append(reason)
     if not forms:
-        raise reasons[0]
+        # That a Linear cannot read windows says nothing; what kept the convolution from it does.
+        raise next((reason for reason in reasons if reason.code != "structure"), reasons[0])
     return forms
 
 
@@ -309,13 +310,13 @@ def _conv(
         if not roles.symbolic(dim):  # over symbolic sizes only symmetric windows are made, so they agree
             symmetric &= low >= 0 and _count(w.base + 2 * low, w) == size
         which.append(roles.windowed.index(dim[0]))
-    kernel, stride, padding, dilation = (tuple(column) for column in zip(*options, strict=True))
+    kernel, stride, _, dilation = (tuple(column) for column in zip(*options, strict=True))
     shape_in = [prod(roles.entry_sizes[a] for a in dim) for dim in into]
-    pad = None
-    if not symmetric:
+    pad, zeros = None, _zeros(options, explicit, symmetric)
+    if zeros is None:
         padded = [n + a + b for n, (a, b) in zip(shape_in[2:], explicit, strict=True)]
         pad = Pad(tuple(explicit), (*shape_in[:2], *padded))
-        padding = (0,) * len(kernel)
+        zeros = (0,) * len(kernel)
     groups, features = roles.sizes(roles.varied), prod(roles.entry_sizes[a] for a in roles.gone)
     channels = roles.sizes(out[1])
     slots: dict[str, Shape] = {"weight": (channels, features, *kernel)}
@@ -323,7 +324,18 @@ def _conv(
     if bias:
         slots["bias"] = (channels,)
     shape = tuple(roles.sizes(dim) for dim in out)
-    return pad, Conv(bias, kernel, stride, padding, dilation, groups, features, shape), slots, tuple(which)
+    return pad, Conv(bias, kernel, stride, zeros, dilation, groups, features, shape), slots, tuple(which)
+
+
+def _zeros(
+    options: list[tuple[int, int, int, int]], explicit: list[tuple[int, int]], symmetric: bool
+) -> Shape | str | None:
+    """The padding option of a convolution, or None where only a pad of its own can give these zeros."""
+    if symmetric:
+        return tuple(low for _, _, low, _ in options)
+    spans = [dilation * (kernel - 1) for kernel, _, _, dilation in options]
+    same = [(span // 2, span - span // 2) for span in spans]
+    return "same" if same == explicit and all(stride == 1 for _, stride, _, _ in options) else None
 
 
 def interior(w: Window) -> int:

@@ -58,7 +58,7 @@ class Conv:
     bias: bool
     kernel: Shape
     stride: Shape
-    padding: Shape
+    padding: Shape | str  # "same" puts the larger half of an odd number of zeros behind
     dilation: Shape
     groups: int
     features: int  # input channels per group

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from graphsurgery.affine.atoms import Axes, NoFold
-from graphsurgery.affine.rules import Step, normal, pinned, rule
+from graphsurgery.affine.rules import Step, ints, normal, pinned, rule
 from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 
@@ -38,6 +38,8 @@ def cast(step: Step) -> Axes:
 def view(step: Step) -> Axes:
     """A view in another shape: atoms are split and regrouped. The sizes it names hold for this size only."""
     shape = step.shape()
+    if op_name(step.node) == "squeeze" and _may_squeeze_symbol(step):
+        raise NoFold("dynamic-shape", "it drops an axis of symbolic size where that happens to be one")
     if shape == step.axes.shape and op_name(step.node) in ("flatten", "squeeze"):
         return step.axes
     return pinned(step.axes.reshape(shape))
@@ -48,6 +50,14 @@ def permute(step: Step) -> Axes:
     """A permutation of the dimensions."""
     dims = step.axes.dims
     return step.axes.with_dims(dims[i] for i in _order(step, len(dims)))
+
+
+def _may_squeeze_symbol(step: Step) -> bool:
+    """Whether a squeeze looks at an axis whose size is not fixed: at size one it gives another shape."""
+    rank = len(step.axes.dims)
+    named = step.argument(1, "dim")
+    axes = range(rank) if named is None else [normal(d, rank) for d in ints(named, 1, 0)]
+    return any(step.axes.symbolic(atom) for axis in axes for atom in step.axes.dims[axis])
 
 
 def _order(step: Step, rank: int) -> tuple[int, ...]:

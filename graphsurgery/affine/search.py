@@ -106,7 +106,10 @@ class ChainSearch:
         """
         nodes = self.chain.nodes
         live = self.region(start, start + 1, _NO_AXES).entry
-        axes = Axes.entry(self.scope.shape(live), self.scope.primes)
+        shape = self.scope.shape(live)
+        if 0 in shape or any(0 in self.scope.shape(node) for node in nodes[start:]):
+            raise NoFold("empty", "it works on a tensor without elements")
+        axes = Axes.entry(shape, self.scope.primes)
         for stop in range(start, self.size):
             axes = rules.apply(rules.Step(nodes[stop], live, axes, self.scope.sizes))
             live = nodes[stop]

@@ -82,6 +82,9 @@ class FoldAffine(Pass):
             self._check(fold, filled, deviation)
         except NoFold as refusal:
             return Refusal(self.name, refusal.code, nodes, refusal.reason, before, fold.option.cost)
+        except Exception as error:  # noqa: BLE001 - nothing is written yet: a bug costs one fold, not all
+            reason = f"the fold could not be computed ({type(error).__name__}: {error}); please report this"
+            return Refusal(self.name, "internal", nodes, reason, before, fold.option.cost)
         kind = "+".join(op_name(node) for node in region.nodes)
         emitted = emit(region, filled)
         after = tuple(NodeRef.of(node) for node in emitted.nodes)

@@ -697,3 +697,148 @@ def test_detects_a_wrong_fold(build: Callable[[], nn.Module], monkeypatch: pytes
     assert not result.changes
     assert "certificate" in codes(result)
     assert torch.equal(result.graph_module(x), model(x))
+
+
+# -- names that are taken, axes in other places, sizes of nothing -----------------------------------------
+
+
+def test_a_parameter_called_shift_is_never_overwritten() -> None:
+    """The map of shifts that the fold writes must not take the name of a weight that is still read."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.shift = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2))
+            self.position = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x + self.position, self.weight).relu() * self.shift.sigmoid() + self.shift
+
+    model = seeded(lambda: nn.Sequential(Inner()))
+    result = fold(model, torch.randn(2, 5, 4))
+    assert result.changes
+    assert torch.equal(result.graph_module.get_parameter("0.shift").float(), model[0].shift)
+
+
+def test_a_norm_with_a_parameter_called_scale_is_folded_beside_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.norm.scale = nn.Parameter(torch.randn(3, 1, 1))
+            self.norm.shift = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu((self.norm(x) * 3 - 1) * 2) * self.norm.scale
+            return torch.relu(self.norm.shift(y))
+
+    assert fold(seeded(Model), torch.randn(2, 3, 6, 6)).changes
+
+
+def test_names_a_weight_norm_conv_after_its_module() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.BatchNorm2d(6))
+
+    result = fold(seeded(build), torch.randn(2, 3, 8, 8))
+    assert set(restore(result.graph_module).state_dict()) == {"0.weight", "0.bias"}
+
+
+def test_folds_a_conv_with_one_output_read_through_a_transpose() -> None:
+    model = seeded(
+        lambda: nn.Sequential(Call(lambda x: x.transpose(2, 3)), nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1))
+    )
+    result = fold(model, torch.randn(2, 3, 8, 9))
+    assert "batch_norm" not in ops(result.graph_module)
+    assert all(p.is_contiguous() and p.stride()[-1] == 1 for p in result.graph_module.parameters())
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0)], ids=["batch-second", "batch-last"])
+def test_folds_where_the_batch_is_not_the_first_axis(order: tuple[int, ...]) -> None:
+    """(L, N, C) activations: the conv's batch is axis 1 of the entry, its channels or positions axis 0."""
+    shape = {(1, 0, 2): (6, 2, 9), (1, 2, 0): (9, 2, 6)}[order]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(6, 8, 3), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(torch.relu(x).permute(order)))
+
+    model = seeded(Model).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    result = FoldAffine().run(capture(model, (x,)))
+    assert "batch_norm" not in ops(result.graph_module), [(r.code, r.reason) for r in result.refusals]
+    assert (result.graph_module(x) - model(x)).abs().max() <= 1e-10
+
+
+def test_refuses_a_squeeze_that_may_drop_the_batch() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).squeeze())
+
+    model = seeded(Model).double()
+    gm = capture(model, (torch.randn(3, 1, 4, dtype=torch.float64),))
+    result = FoldAffine().run(gm)
+    for batch in (1, 3):
+        x = torch.randn(batch, 1, 4, dtype=torch.float64)
+        assert result.graph_module(x).shape == gm(x).shape
+    assert "dynamic-shape" in codes(result)
+
+
+def test_refuses_tensors_without_elements() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)))
+    result = FoldAffine().run(capture(model, (torch.randn(2, 0, 4),)))
+    assert not result.changes
+    assert codes(result) == ["empty"]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch says that it copies
+@pytest.mark.parametrize("kernel", [2, 4, (3, 2)])
+def test_folds_a_norm_into_a_conv_with_same_padding_and_even_kernel(kernel: Any) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, kernel, padding="same"), nn.BatchNorm2d(4)))
+    result = fold(model, torch.randn(2, 3, 7, 8))
+    assert ops(result.graph_module) == ["conv2d"]
+    assert restore(result.graph_module).get_submodule("0").padding == "same"
+
+
+def test_reports_the_true_cost_of_a_pad_and_a_conv() -> None:
+    """Every new node keeps the free batch in its recorded shape."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.BatchNorm1d(4),
+            nn.Conv1d(4, 3, 2, padding=1, bias=False),
+            nn.Conv1d(3, 3, 2, padding="same", bias=False),
+        )
+    )
+    result = fold(model, torch.randn(2, 4, 4))
+    total = graph_cost(result.graph_module)
+    if result.changes:
+        assert total.macs == sum(change.cost_after.macs for change in result.changes)
+    for node in result.graph_module.graph.nodes:
+        if node.op == "call_function":
+            assert isinstance(node.meta["val"].shape[0], torch.SymInt), node
+
+
+def test_an_error_inside_costs_one_fold_and_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        )
+    )
+    right, calls = fold_affine.fill, []
+
+    def broken(*args: Any) -> Coefficients:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("a bug")
+        return right(*args)
+
+    monkeypatch.setattr(fold_affine, "fill", broken)
+    result = FoldAffine().run(capture(model, (torch.randn(2, 3, 9, 9),)))
+    assert len(result.changes) == 1
+    assert "internal" in codes(result)
