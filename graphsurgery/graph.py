@@ -35,6 +35,7 @@ __all__ = [
     "set_attr",
     "source_line",
     "structural_hash",
+    "tensor_bytes",
 ]
 
 INFO_KEY = "graphsurgery"
@@ -289,12 +290,29 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
+def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the contents of a tensor as flat uint8, on its device; a view of its memory where one exists.
+
+    Any strides, number of dimensions and dtype will do; a meta tensor has no contents, so no bytes.
+
+    Args:
+        tensor: Any tensor; one that is not strided is made dense first.
+    """
+    if tensor.device.type == "meta":
+        return torch.empty(0, dtype=torch.uint8)
+    dense = tensor.detach()
+    if dense.is_quantized:
+        dense = dense.int_repr()
+    elif dense.layout != torch.strided:
+        dense = dense.to_dense()
+    flat = dense.resolve_conj().resolve_neg().reshape(-1).contiguous()
+    # A single element counts as contiguous whatever its stride, but only stride 1 can be viewed as bytes.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
 def _feed_tensor(digest: Any, tensor: torch.Tensor) -> None:
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}{tensor.device}".encode())
-    if tensor.device.type == "meta" or tensor.numel() == 0:
-        return
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(tensor_bytes(tensor).cpu().numpy().data)
 
 
 def structural_hash(gm: fx.GraphModule) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graphsurgery.errors import CaptureError
+from graphsurgery.graph import tensor_bytes
 
 __all__ = ["check_supported", "evaluated", "unwrap"]
 
@@ -94,13 +95,9 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             for tensor, memory, value in values:
                 if tensor.data_ptr() != memory.data_ptr():
                     tensor.data = memory
-                if not torch.equal(_bits(memory), _bits(value)):
+                if not torch.equal(tensor_bytes(memory), tensor_bytes(value)):
                     memory.copy_(value)
 
 
 def _same(left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphsurgery.graph import tensor_bytes
+
 __all__ = ["Ledger", "fingerprint", "held_tensors", "same_bits", "tensor_digest"]
 
 _ROW = 1024
 
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """Digest of shape, dtype and contents of a dense tensor.
+    """Digest of shape, dtype and contents of a tensor.
 
     Args:
-        tensor: Any dense tensor, of any dtype, on any device.
+        tensor: Any tensor, of any dtype, on any device.
     """
-    flat = _bytes(tensor)
+    flat = tensor_bytes(tensor)
     if flat.storage_offset() % 8:
         flat = flat.clone()
     whole = flat.numel() // 8 * 8
@@ -45,7 +47,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one shape, dtype, device and the same bits (NaN equals NaN, 0.0 not -0.0)."""
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
-    return torch.equal(_bytes(a), _bytes(b))
+    return torch.equal(tensor_bytes(a), tensor_bytes(b))
 
 
 class Ledger:
@@ -117,10 +119,6 @@ def held_tensors(gm: fx.GraphModule) -> Iterable[tuple[str, torch.Tensor]]:
             if isinstance(value, torch.Tensor):
                 found[str(node.target)] = value
     return found.items()
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _target(node: fx.Node) -> str:
