@@ -98,7 +98,7 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
 
 def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
     rank = len(shape) - 2
-    kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit"]
+    kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit", "zeros"]
     kinds += ["conv", "conv", "conv", "pool"] if 1 <= rank <= 3 else []
     kind = rng.choice(kinds)
     match kind:
@@ -124,6 +124,9 @@ def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
         case "permute":
             order = [0, *rng.sample(range(1, len(shape)), len(shape) - 1)]
             return Call(lambda x: x.permute(order))
+        case "zeros":
+            pads = [rng.choice([-1, 0, 0, 1, 2]) for _ in range(2 * (len(shape) - 1))]
+            return Call(lambda x: nn.functional.pad(x, pads))
         case "unit":
             axis = rng.randint(1, len(shape))
             if axis < len(shape) and shape[axis] == 1:

@@ -113,7 +113,8 @@ def _shift(axes: Axes, shape: tuple[int, ...]) -> Axes:
 
 def _pin(axes: Axes, step: Step, index: int) -> Axes:
     """A constant that differs along positions fixes their number; along channels it does not matter."""
-    return pinned(axes) if index != 1 or len(step.axes.dims) < 3 else axes
+    positions = any(atom.window is not None for atom in step.axes.dims[index])
+    return pinned(axes) if index != 1 or positions or len(step.axes.dims) < 3 else axes
 
 
 def _differing(step: Step, constant: object) -> list[int]:

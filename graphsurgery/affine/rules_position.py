@@ -124,6 +124,8 @@ def window(axes: Axes, index: int, out: int, reads: tuple[int, int, int, int], p
             )
         through = inner.then(s, lo, hi, step, outside)
     uneven = atom.uneven or (axes.shifted and outside)
+    if atom.uneven:  # a constant that differs along it fixes its size
+        axes = pinned(axes)
     return axes.with_dim(index, (Atom(out, atom.axis, atom.stride, False, uneven, through),))
 
 
@@ -170,6 +172,25 @@ def adaptive_avg_pool(step: Step) -> Axes:
                 index, out, ("uneven-pool", f"{size} positions do not divide into {out} equal windows")
             )
     return axes
+
+
+@rule("constant_pad_nd")
+def pad(step: Step) -> Axes:
+    """Zeros around positions: a window of one tap; a negative pad crops."""
+    value = step.argument(2, "value", 0)
+    if value != 0:
+        raise NoFold("pad-value", f"it pads with {value}, not with zeros")
+    pads = ints(step.argument(1, "pad"), 1, 0)
+    axes, shape = step.axes, step.shape()
+    for i in range(len(pads) // 2):
+        index, low, high = len(shape) - 1 - i, pads[2 * i], pads[2 * i + 1]
+        if (low, high) == (0, 0):
+            continue
+        if any(axes.symbolic(atom) for atom in axes.dims[index]):
+            raise NoFold("dynamic-shape", "it pads an axis of symbolic size")
+        # What a crop leaves depends on the size, so coefficients are read at the real one.
+        axes = pinned(window(axes, index, shape[index], (1, -low, -low, 0), (low, high)))
+    return replace(axes, scaled=True)
 
 
 @rule("mean", "sum")

@@ -278,6 +278,28 @@ def test_folds_a_strided_1x1_before_a_padded_conv_into_a_dilated_one() -> None:
     assert (conv.dilation, conv.stride, conv.padding) == ((2, 2), (2, 2), (2, 2))
 
 
+@pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 1, 0, 1), (2, 1, 0, 3), (-1, 0, -1, 0)], ids=str)
+def test_folds_zeros_around_a_conv_into_it(pads: tuple[int, ...]) -> None:
+    """Zeros join the conv where it can hold them; a conv with its norm folds behind those that it cannot."""
+    model = seeded(lambda: nn.Sequential(nn.ZeroPad2d(pads), nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)))
+    found = ops(fold(model, torch.randn(2, 3, 8, 8)).graph_module)
+    assert found[-1] == "conv2d"
+    assert "batch_norm" not in found
+    if pads == (1, 1, 1, 1):
+        assert found == ["conv2d"]
+
+
+def test_folds_a_biased_1x1_before_zeros_exactly() -> None:
+    """The bias reaches all positions but the zeros: it becomes a map, worth it beside large savings."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(4, 64, 1), nn.ZeroPad2d(1), nn.Conv2d(64, 2, 3)))
+    assert ops(fold(model, torch.randn(2, 4, 8, 8)).graph_module) == ["conv2d", "add"]
+
+
+def test_refuses_to_fold_through_a_pad_with_another_value() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConstantPad2d(1, 2.0), nn.Conv2d(8, 2, 3)))
+    assert not refused(model, torch.randn(2, 3, 8, 8), "pad-value").changes
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_folds_average_pooling_into_the_conv_before(rank: int) -> None:
     model = seeded(lambda: nn.Sequential(CONVS[rank](3, 4, 3, padding=1), POOLS[rank](2)))
