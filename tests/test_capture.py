@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,8 @@ from torch.export import Dim, export
 
 from graphsurgery.capture import capture
 from graphsurgery.errors import CaptureError
-from graphsurgery.graph import capture_info, fake_mode, module_path, source_line
+from graphsurgery.graph import capture_info, copy_graph_module, fake_mode, module_path, source_line
+from graphsurgery.restore import restore
 
 aten = torch.ops.aten
 
@@ -779,3 +781,51 @@ def test_sparse_parameters_are_refused() -> None:
 
     with pytest.raises(CaptureError, match="'weight' is a sparse tensor"):
         capture(Model(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_inputs_that_hold_nan_are_refused(exported: bool) -> None:
+    x = torch.randn(2, 4)
+    x[1, 2] = torch.nan
+    model: Any = export(nn.Linear(4, 4), (x,)) if exported else nn.Linear(4, 4)
+    with pytest.raises(CaptureError, match=r"the example inputs hold NaN \(1 of 8 values of the 2x4 one\)"):
+        capture(model, None if exported else (x,))
+    capture(nn.Softmax(-1), x.nan_to_num(-torch.inf))
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, flag: bool = True, scale: float | None = None) -> torch.Tensor:
+        z = self.linear(x) * (1 if scale is None else scale)
+        return z * 5 if flag else z
+
+
+@pytest.mark.parametrize("other", [True, 0, None, torch.tensor(False)])
+def test_an_argument_that_is_no_tensor_is_fixed(other: Any) -> None:
+    model, x = Switched().eval(), torch.randn(3, 4)
+    gm = capture(model, (x, False, None))
+    assert capture_info(gm).notes == ("the argument 'flag' is fixed at False, as in the example",)
+    restored = restore(gm)
+    pickled = pickle.loads(pickle.dumps(restored))
+    for module in (gm, copy_graph_module(gm), restored, copy.deepcopy(restored), copy.deepcopy(gm), pickled):
+        assert_same(module, model, x, False, None)
+        with pytest.raises(ValueError, match="'flag' was captured as False"):
+            module(x, other, None)
+        with pytest.raises(ValueError, match="'scale' was captured as None"):
+            module(x, False, 2.0)
+    with pytest.raises(ValueError, match="'flag' was captured as False"):
+        fx.Interpreter(gm).run(x, other, None)
+    for strict in (False, True):
+        program = export(restored, (x, False, None), strict=strict)
+        assert_same(program.module(), model, x, False, None)
+
+
+def test_keyword_arguments_that_are_no_tensors_are_fixed() -> None:
+    model, x = Switched().eval(), torch.randn(3, 4)
+    gm = capture(model, {"x": x, "flag": True, "scale": float("nan")})
+    with pytest.raises(ValueError, match="'flag' was captured as True"):
+        gm(x=x, flag=False, scale=float("nan"))
+    assert gm(x=x, flag=True, scale=float("nan")).isnan().all()

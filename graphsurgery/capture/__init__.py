@@ -12,8 +12,9 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphsurgery.capture.dialect import canonicalize, refuse_foreign
+from graphsurgery.capture.fixed import fix_constants
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
-from graphsurgery.capture.inputs import Inputs, difference, normalize
+from graphsurgery.capture.inputs import Inputs, difference, normalize, refuse_nan
 from graphsurgery.capture.program import export_model, export_static, free_carriers, quiet, run_model
 from graphsurgery.capture.state import check_supported, evaluated, unwrap
 from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
@@ -64,6 +65,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
     model = unwrap(model)
     check_supported(model)
     inputs = normalize(example_inputs)
+    refuse_nan(inputs)
     notes: tuple[str, ...] = ()
     if any(module.training for module in model.modules()):
         notes = ("the model was in training mode; captured as in evaluation mode",)
@@ -100,6 +102,7 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
         inputs = Inputs(tuple(args), dict(kwargs))
     else:
         inputs = normalize(example_inputs)
+    refuse_nan(inputs)
     stack: dict[str, Any] = next(
         (n.meta["nn_module_stack"] for n in program.graph.nodes if n.meta.get("nn_module_stack")), {}
     )
@@ -173,8 +176,10 @@ def _check_single(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple
 def _record(
     gm: fx.GraphModule, name: str, inputs: Inputs, *, dynamic: bool, notes: tuple[str, ...]
 ) -> fx.GraphModule:
+    names = input_names(gm)
+    notes += fix_constants(gm, names)
     gm.meta[INFO_KEY] = CaptureInfo(
-        input_names=input_names(gm),
+        input_names=names,
         output_names=output_names(gm),
         dynamic_batch=dynamic,
         notes=notes,

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import CaptureError
 
-__all__ = ["Inputs", "difference", "normalize"]
+__all__ = ["Inputs", "difference", "normalize", "refuse_nan"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,24 @@ def normalize(example_inputs: Any) -> Inputs:
         "example inputs are a tensor, a tuple of positional inputs or a mapping of keyword inputs, "
         f"got {type(example_inputs).__name__}."
     )
+
+
+def refuse_nan(inputs: Inputs) -> None:
+    """Refuse example inputs on which nothing could be compared; infinities are let through, as in masks.
+
+    Raises:
+        CaptureError: A tensor holds NaN.
+    """
+    for tensor in inputs.tensors():
+        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        count = int(torch.isnan(tensor if tensor.is_complex() else tensor.float()).sum())
+        if count:
+            shape = "x".join(str(size) for size in tensor.shape) or "scalar"
+            raise CaptureError(
+                f"the example inputs hold NaN ({count} of {tensor.numel()} values of the {shape} one), on "
+                "which no output can be compared; pass inputs that the model is meant for."
+            )
 
 
 def difference(expected: Any, actual: Any) -> str | None:
