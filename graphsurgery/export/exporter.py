@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import onnx
 import onnx_ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.files import commit, data_name, staging
@@ -95,7 +95,8 @@ def export_onnx(
     Args:
         module: What is exported.
         info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs
-            is called `batch` in the file.
+            is called `batch` in the file; other sizes that `module`, captured, leaves free are called by
+            their input and axis, `image_dim2`.
         path: The file. An older one is replaced at the end, at once.
         reference: The original module, which onnxruntime's results are compared with; None takes `module`.
         verify: Whether to compare. Without it `verdict` is None, which is not "passed".
@@ -160,7 +161,8 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
             f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing"
         )
     model: onnx_ir.Model = found.model
-    if info.dynamic_batch and not _name_batch(model):
+    _strip_traces(model)
+    if not _name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
     return model, notes
 
@@ -176,15 +178,15 @@ def _reason(error: BaseException) -> str:
 def _torch_export(
     module: nn.Module, example: Inputs, dynamic: bool, notes: list[str]
 ) -> torch.export.ExportedProgram:
-    """Export, with a free batch where asked for: at a batch of two, one being special to torch.export."""
+    """Export, with the sizes free that are: at a batch of two, one being special to torch.export."""
     kwargs = dict(example.kwargs or {})
-    if not dynamic:
+    free = _free_axes(module, example, dynamic)
+    if not any(free):
         return torch.export.export(module, example.args, kwargs, strict=False)
     size = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
-    free = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size for x in example.leaves()]
     leaves = [
-        torch.cat([x, x]) if batched and size == 1 else x
-        for x, batched in zip(example.leaves(), free, strict=True)
+        torch.cat([x, x]) if 0 in axes and size == x.shape[0] == 1 else x
+        for x, axes in zip(example.leaves(), free, strict=True)
     ]
     wide = example.replace(leaves)
     kwargs = dict(wide.kwargs or {})
@@ -192,17 +194,42 @@ def _torch_export(
         shapes = _shapes(module, wide, free, torch.export.Dim.DYNAMIC)
         return torch.export.export(module, wide.args, kwargs, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
-        notes.append(f"torch.export declined a free batch ({_reason(error)}); exported with what it infers")
+        notes.append(f"torch.export declined a free size ({_reason(error)}); exported with what it infers")
         shapes = _shapes(module, wide, free, torch.export.Dim.AUTO)
         return torch.export.export(module, wide.args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _shapes(module: nn.Module, inputs: Inputs, free: list[bool], dim: Any) -> Any:
+def _free_axes(module: nn.Module, example: Inputs, dynamic: bool) -> list[tuple[int, ...]]:
+    """Return which axes of each flat input are free.
+
+    A captured graph says so by the symbolic sizes of its placeholders; of any other module it is the leading
+    axis of what has as many rows as the first tensor, if the batch is free.
+    """
+    leaves = example.leaves()
+    nodes = module.graph.find_nodes(op="placeholder") if isinstance(module, fx.GraphModule) else []
+    values = [node.meta.get("val") for node in nodes]
+    if len(values) == len(leaves) and all(
+        isinstance(value, Tensor) and value.ndim == leaf.ndim
+        for value, leaf in zip(values, leaves, strict=True)
+        if isinstance(leaf, Tensor)
+    ):
+        shapes = [value.shape if isinstance(value, Tensor) else () for value in values]
+        return [tuple(axis for axis, size in enumerate(shape) if _is_free(size)) for shape in shapes]
+    rows = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
+    batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == rows for x in leaves]
+    return [(0,) if dynamic and carrier else () for carrier in batched]
+
+
+def _is_free(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def _shapes(module: nn.Module, inputs: Inputs, free: list[tuple[int, ...]], dim: Any) -> Any:
     """Return `dynamic_shapes`; its outer keys must be forward's own argument names, in any call."""
     collection = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for leaf, batched in zip(inputs.leaves(), free, strict=True):
-        if batched:
-            collection[leaf] = {0: dim}
+    for leaf, axes in zip(inputs.leaves(), free, strict=True):
+        if axes:
+            collection[leaf] = dict.fromkeys(axes, dim)
     kwargs = dict(inputs.kwargs or {})
     return collection.dynamic_shapes(module, inputs.args, kwargs)  # type: ignore[no-untyped-call]
 
@@ -215,21 +242,55 @@ def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
     return names if len(names) == len(example.tensors()) else None
 
 
-def _name_batch(model: onnx_ir.Model) -> bool:
-    """Call the free leading dimension of the inputs `batch` everywhere; return whether there is one."""
-    leading = [value.shape[0] for value in model.graph.inputs if value.shape]
-    symbols = {dim.value for dim in leading if isinstance(dim, onnx_ir.SymbolicDim) and dim.value}
-    symbol = next((name for name in sorted(symbols) if _SYMBOL.match(name)), None)
-    if symbol is None:
-        return False
-    pattern = re.compile(rf"\b{re.escape(symbol)}\b")
-    values = [*model.graph.inputs, *model.graph.outputs]
-    values += [out for node in model.graph.all_nodes() for out in node.outputs]
-    for value in values:
-        for axis, dim in enumerate(value.shape or ()):
-            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
-                value.shape[axis] = pattern.sub("batch", dim.value)  # type: ignore[index]
-    return True
+def _name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
+    """Name the free sizes, everywhere: `batch` if `batched`, others by their input and axis (`image_dim2`).
+
+    Returns:
+        Whether there is a batch: a free leading dimension.
+    """
+    names: dict[str, str] = {}
+    symbols = [
+        (value.name, axis, dim.value)
+        for value in model.graph.inputs
+        for axis, dim in enumerate(value.shape or ())
+        if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and _SYMBOL.match(dim.value)
+    ]
+    batch = next((symbol for _, axis, symbol in symbols if axis == 0), None) if batched else None
+    if batch is not None:
+        names[batch] = "batch"
+    for name, axis, symbol in symbols:
+        names.setdefault(symbol, f"{name}_dim{axis}")
+    if names:
+        pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+        values = [*model.graph.inputs, *model.graph.outputs]
+        values += [out for node in model.graph.all_nodes() for out in node.outputs]
+        for value in {id(value): value for value in values}.values():
+            for axis, dim in enumerate(value.shape or ()):
+                if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
+                    text = pattern.sub(lambda found: names[found[0]], dim.value)
+                    value.shape[axis] = text  # type: ignore[index]
+    return batch is not None
+
+
+def _strip_traces(model: onnx_ir.Model) -> None:
+    """Take out what torch's exporter notes of the source: absolute paths and lines of code."""
+    parts: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
+    parts += [value.const_value for value in model.graph.initializers.values() if value.const_value]
+    nodes = list(model.graph.all_nodes())
+    for function in model.functions.values():
+        parts += [function, *function.inputs]
+        nodes += function.all_nodes()
+    for node in nodes:
+        parts += [node, *node.outputs]
+        for attribute in node.attributes.values():
+            graphs = getattr(attribute, "value", None)
+            for graph in graphs if isinstance(graphs, (list, tuple)) else (graphs,):
+                if isinstance(graph, onnx_ir.Graph):
+                    parts += [graph, *graph.inputs, *graph.initializers.values()]
+    for part in parts:
+        properties = getattr(part, "metadata_props", {})
+        for key in [key for key in properties if key.startswith("pkg.torch")]:
+            del properties[key]
 
 
 @contextlib.contextmanager

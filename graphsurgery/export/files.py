@@ -21,10 +21,13 @@ def staging(path: Path) -> Iterator[Path]:
     """Give a hidden folder beside `path`, on the same file system; remove it and all in it at the end.
 
     Raises:
-        ExportError: The folder of `path` does not exist or cannot be written, or `path` is a folder.
+        ExportError: The folder of `path` does not exist or cannot be written, or `path` is a folder,
+            a device or a pipe.
     """
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ExportError(f"cannot write {path}: it is a device or a pipe; name a regular file")
     if not path.parent.is_dir():
         raise ExportError(f"cannot write {path}: the directory {path.parent} does not exist; create it first")
     if path.exists() and not os.access(path, os.W_OK):

@@ -12,9 +12,11 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
+import graphsurgery as gs
 from graphsurgery.errors import ExportError, VerificationError
-from graphsurgery.export import OPSET, export_onnx, load_model, node_counts
+from graphsurgery.export import OPSET, OnnxSession, export_onnx, load_model, node_counts
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,15 @@ def test_unwritable_paths(network: nn.Module, tmp_path: Path, name: str, reason:
     assert files(tmp_path) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_not_replaced(network: nn.Module, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out.onnx")
+    with pytest.raises(ExportError, match="is a device or a pipe; name a regular file"):
+        export_onnx(network, Info((image(),)), tmp_path / "out.onnx")
+    assert files(tmp_path) == ["out.onnx"]
+    assert (tmp_path / "out.onnx").is_fifo()
+
+
 def test_folder_that_cannot_be_written(
     network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,3 +185,39 @@ def test_export_prints_nothing(network: nn.Module, tmp_path: Path, capfd: pytest
 def test_file_is_whole(network: nn.Module, tmp_path: Path) -> None:
     export_onnx(network, Info((image(),)), tmp_path / "out.onnx", external_data=True)
     onnx.checker.check_model(os.fspath(tmp_path / "out.onnx"), full_check=True)
+
+
+class Picture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 5, 1)
+
+    def forward(self, picture: Tensor, mask: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(picture))) * mask.sum()
+
+
+@pytest.mark.parametrize("batch", [None, Dim.DYNAMIC])
+def test_sizes_that_were_made_free_stay_free(tmp_path: Path, batch: Any) -> None:
+    torch.manual_seed(0)
+    model, file = Picture().eval(), tmp_path / "out.onnx"
+    free = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} | ({} if batch is None else {0: batch})
+    shapes = {"picture": free, "mask": {1: Dim.DYNAMIC}}
+    example = (torch.randn(2, 3, 9, 11), torch.rand(3, 4))
+    gs.optimize(model, example, dynamic_shapes=shapes).export_onnx(file)
+    named = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in load_model(file).graph.input
+    }
+    first = 2 if batch is None else "batch"
+    assert named == {"picture": [first, 3, "picture_dim2", "picture_dim3"], "mask": [3, "mask_dim1"]}
+    inputs = (torch.randn(2 if batch is None else 3, 3, 14, 8), torch.rand(3, 7))
+    found = OnnxSession(file).run({"picture": inputs[0], "mask": inputs[1]})
+    torch.testing.assert_close(found["output"], model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_no_source_path_is_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "out.onnx"
+    gs.optimize(Picture().eval(), (image(), torch.rand(3, 4))).export_onnx(file)
+    assert b"pkg.torch" not in file.read_bytes()
+    assert os.fsencode(__file__) not in file.read_bytes()
+    assert b"def forward" not in file.read_bytes()
