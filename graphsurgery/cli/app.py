@@ -160,6 +160,9 @@ def inspect(model: Model, inputs: Inputs = None, as_json: Json = False) -> int:
 def passes(as_json: Json = False) -> int:
     """List the passes."""
     described = run.describe_passes()
+    own = {item.name for item in gs.passes.ALL_PASSES}
+    for item in described:  # those of other packages never run unasked, whatever they declare
+        item["default"] = item["default"] and item["name"] in own
     if as_json:
         typer.echo(json.dumps(described, indent=2))
     else:

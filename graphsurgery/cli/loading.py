@@ -157,7 +157,12 @@ def _from_factory(factory: Callable[[], Any] | nn.Module, spec: str) -> LoadedMo
         raise UsageError(
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module."
         )
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if isinstance(made, tuple) and len(made) != 2:
+        raise UsageError(
+            f"the factory '{spec}' returned a tuple of {len(made)}; "
+            "expected an nn.Module or (nn.Module, example inputs): several inputs go into one tuple."
+        )
+    model, inputs = made if isinstance(made, tuple) else (made, None)
     if isinstance(model, ExportedProgram):
         return _from_program(model, inputs)
     if not isinstance(model, nn.Module):

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graphsurgery.cli.errors import UsageError
+from graphsurgery.export.files import commit, staging
 
-__all__ = ["check_writable", "staged"]
+__all__ = ["check_writable", "staged", "staged_model"]
 
 
 def check_writable(outputs: dict[str, Path | None]) -> None:
@@ -20,7 +21,8 @@ def check_writable(outputs: dict[str, Path | None]) -> None:
         outputs: Paths by the option that names them; None where the option was not given.
 
     Raises:
-        UsageError: A path is a folder, lies in a folder that is not there or not writable, or is named twice.
+        UsageError: A path is a folder, a device or a pipe, lies in a folder that is not there or not
+            writable, or is named twice.
     """
     seen: dict[Path, str] = {}
     for option, path in outputs.items():
@@ -28,6 +30,8 @@ def check_writable(outputs: dict[str, Path | None]) -> None:
             continue
         if path.is_dir():
             raise UsageError(f"{option} {path} is a folder; name a file.")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{option} {path} is a device or a pipe; name a regular file.")
         folder = path.parent
         if not folder.is_dir():
             raise UsageError(f"{option} {path} cannot be written: the folder {folder} does not exist.")
@@ -52,3 +56,15 @@ def staged(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_model(path: Path) -> Iterator[Path]:
+    """The same for an ONNX file, which may have a file of weights beside it.
+
+    Raises:
+        ExportError: The file cannot be put in its place.
+    """
+    with staging(path) as folder:
+        yield folder / path.name
+        commit(folder, path)

@@ -37,6 +37,9 @@ def text():
 def bad_inputs():
     return nn.Linear(WIDTH, 2), 4
 
+def triple():
+    return nn.Linear(WIDTH, 2), 4, 5
+
 class Holder:
     build = staticmethod(plain)
 """
@@ -77,6 +80,7 @@ def test_loads_a_module_by_its_dotted_name() -> None:
         ("text", "returned a str; expected an nn.Module"),
         ("number", "is a int; expected a function"),
         ("bad_inputs", "returned example inputs of type int"),
+        ("triple", "returned a tuple of 3; expected an nn.Module or (nn.Module, example inputs)"),
     ],
 )
 def test_refuses_a_factory(models: Path, factory: str, said: str) -> None:
@@ -205,6 +209,15 @@ def test_inputs_of_the_command_line_replace_those_of_the_model() -> None:
     loaded = LoadedModel(nn.Linear(2, 2), torch.zeros(1, 2))
     assert example_inputs([], loaded, "m") is loaded.example_inputs
     assert example_inputs(["9x2"], loaded, "m")[0].shape == (9, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("option", ["-o", "--save", "--report"])
+def test_refuses_to_replace_a_pipe(tmp_path: Path, option: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=f"{option} .*pipe is a device or a pipe; name a regular file"):
+        check_writable({option: tmp_path / "pipe"})
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_finds_unwritable_outputs_beforehand(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def test_optimize_writes_what_was_asked_for(models: str, capsys: pytest.CaptureF
     assert report.verification is not None
     assert report.verification.ok
     assert report.onnx is not None
+    assert report.onnx.path == "n.onnx"
     assert report.after.layers.get("norm", 0) == 0
     assert report.after.flops < report.before.flops
     for word in ("parameters", "FLOPs", "file, bytes", "onnxruntime, ms", "n.onnx", "n.pt2", "n.json"):
@@ -171,6 +173,21 @@ def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     described = json.loads(capsys.readouterr().out)
     assert [item["name"] for item in described] == list(gs.passes.available())
     assert all(item["name"] in out for item in described)
+
+
+def test_a_pass_of_another_package_runs_when_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Foreign(gs.passes.EliminateIdentity):
+        name = "foreign-fold"
+
+    monkeypatch.setattr("graphsurgery.passes.registered_passes", lambda: {"foreign-fold": Foreign})
+    assert run("passes") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "foreign-fold" in line)
+    assert "when named" in line
+    assert run("passes", "--json") == 0
+    described = {item["name"]: item["default"] for item in json.loads(capsys.readouterr().out)}
+    assert described == {"eliminate-identity": True, "fold-affine": True, "foreign-fold": False}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +261,20 @@ def test_a_failed_export_leaves_no_file(
     assert run(*argv) == 1
     assert "the file differs" in capfd.readouterr().err
     assert files() == set()
+
+
+@pytest.mark.parametrize("name", ["to_json", "latency_ms"])
+def test_what_fails_after_the_export(name: str, models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the report no file appears; without a measurement all of them do."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise gs.ExportError("no")
+
+    owner = gs.Report if name == "to_json" else importlib.import_module("graphsurgery.pipeline.result")
+    monkeypatch.setattr(owner, name, fail)
+    argv = ("optimize", f"{models}:net", *INPUT, "-o", "n.onnx", "--save", "n.pt2", "--report", "n.json")
+    assert run(*argv) == (2 if name == "to_json" else 0)
+    assert files() == (set() if name == "to_json" else {"n.onnx", "n.pt2", "n.json"})
 
 
 def test_a_bug_is_not_called_a_failed_verification(
