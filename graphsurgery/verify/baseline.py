@@ -77,6 +77,7 @@ class Baseline:
         outputs: The reference's outputs in order.
         batches: The runs that the reference answered.
         anchor: What the errors are measured against, in words.
+        structure: What a torch reference returns on the example, in words; None of any other runner.
         notes: Sentences for the verdict.
 
     Raises:
@@ -96,9 +97,14 @@ class Baseline:
         self.seed = seed
         self.notes: list[str] = []
         example = as_inputs(inputs)
+        if any(not (x.is_floating_point() or x.is_complex()) for x in example.tensors()):
+            self.notes.append(
+                "integer and boolean inputs keep to the range of the example's; others were not tried"
+            )
         # The first run of a battery is the same whatever its size.
         first = battery(example, dynamic_batch=dynamic_batch, samples=1, seed=seed)[0]
         flops, answer = self._run_first(first)
+        self.structure = self.runner.structure if isinstance(self.runner, TorchRunner) else None
         if samples is None:
             samples = samples_for(flops)
         self.full = samples >= len(CASES)

@@ -14,6 +14,10 @@ A battery holds, in order of importance (a dear model gets fewer, see `samples_f
 Integer and boolean inputs (token ids, masks) are drawn uniformly between the least and the greatest value of
 the example for the cases of noise, and kept as they are elsewhere, so no id leaves the range that the caller
 showed.
+
+Where the batch is free, the rows of a run are its cases. Floating-point inputs without a batch dimension (a
+temperature, a table) have their own values in the run of the example, and noise as in `normal` in each later
+run; integers without one stay as they are.
 """
 
 from __future__ import annotations
@@ -175,7 +179,8 @@ def _row(example: Inputs, case: str, size: int, generator: torch.Generator) -> I
     leaves = []
     for leaf, free in zip(example.leaves(), _batched(example, size), strict=True):
         if not free:
-            leaves.append(leaf)
+            varies = case != "example" and isinstance(leaf, Tensor) and leaf.is_floating_point()
+            leaves.append(_fill(leaf, leaf, "normal", generator) if varies else leaf)
             continue
         second = case == "example[1]" and size > 1
         row = leaf[1:2] if second else leaf[:1]

@@ -22,6 +22,7 @@ __all__ = ["judge"]
 def judge(baseline: Baseline, candidate: Runner) -> Verdict:
     """Run `candidate` on the inputs of `baseline` and compare every output."""
     found: list[Outputs] = []
+    structure: str | None = None
     for batch in baseline.batches:
         try:
             outputs = candidate.run(batch.inputs)
@@ -31,8 +32,10 @@ def judge(baseline: Baseline, candidate: Runner) -> Verdict:
             return _verdict(
                 baseline, candidate, False, f"it failed at batch {size} ({batch.cases[0]}): {text}"
             )
+        if structure is None and isinstance(candidate, TorchRunner):
+            structure = candidate.structure
         found.append(outputs)
-    mismatch = _structure(baseline, candidate, found)
+    mismatch = _structure(baseline, candidate, found) or _containers(baseline, structure)
     if mismatch:
         return _verdict(baseline, candidate, False, mismatch)
     exact, notes = _exact(baseline, candidate)
@@ -99,6 +102,13 @@ def _structure(baseline: Baseline, candidate: Runner, found: list[Outputs]) -> s
             if got.dtype != like.dtype:
                 return f"output {output.name!r} is {_dtype(got)}, expected {_dtype(like)}"
     return ""
+
+
+def _containers(baseline: Baseline, structure: str | None) -> str:
+    """Return in what the containers and the None of two torch programs do not match; "" if they do."""
+    if structure is None or baseline.structure is None or structure == baseline.structure:
+        return ""
+    return f"its output structure differs: it returns {structure}, the reference {baseline.structure}"
 
 
 def _exact(baseline: Baseline, candidate: Runner) -> tuple[list[Outputs] | None, list[str]]:

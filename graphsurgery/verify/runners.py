@@ -29,7 +29,7 @@ from graphsurgery.verify.precision import (
     uses_low_precision,
 )
 
-__all__ = ["OnnxRunner", "Runner", "TorchRunner", "flatten_outputs", "runner_for"]
+__all__ = ["OnnxRunner", "Runner", "TorchRunner", "flatten_outputs", "runner_for", "structure_text"]
 
 Outputs = dict[str, Tensor]
 
@@ -90,12 +90,16 @@ class TorchRunner:
     Args:
         module: The program.
 
+    Attributes:
+        structure: What the latest run returned, as `structure_text` says it; empty before the first.
+
     Raises:
         VerificationError: It cannot be copied.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.name = f"torch {type(module).__name__}"
+        self.structure = ""
         self.module = module
         self._copy = self._fresh()
 
@@ -109,7 +113,9 @@ class TorchRunner:
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes."""
-        return _call(self._copy, inputs)
+        found = _returned(self._copy, inputs)
+        self.structure = structure_text(found)
+        return flatten_outputs(found)
 
     def is_double(self, inputs: Inputs) -> bool:
         """Return whether parameters, buffers and inputs are all float64 already."""
@@ -156,13 +162,17 @@ class _Float64Runner(_StateRunner):
 
 
 def _call(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None = None) -> Outputs:
+    return flatten_outputs(_returned(module, inputs, state))
+
+
+def _returned(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None = None) -> Any:
     leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()]
     own = inputs.replace(leaves)  # a forward may write into its input
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         if state is None:
-            return flatten_outputs(module(*own.args, **dict(own.kwargs or {})))
-        return flatten_outputs(functional_call(module, state, own.args, dict(own.kwargs or {})))
+            return module(*own.args, **dict(own.kwargs or {}))
+        return functional_call(module, state, own.args, dict(own.kwargs or {}))
 
 
 def flatten_outputs(found: Any) -> Outputs:
@@ -188,6 +198,20 @@ def flatten_outputs(found: Any) -> Outputs:
             )
         outputs[name] = leaf.detach().to("cpu")
     return outputs
+
+
+def structure_text(found: Any) -> str:
+    """Return a nested output in words: containers by class and key, None, and "value" for all else.
+
+    The lists and dictionaries of a `torch.fx` graph count as plain ones.
+    """
+    level = pytree.tree_flatten_with_path(found, is_leaf=lambda part: part is not found)[0]
+    if len(level) == 1 and not level[0][0]:
+        return "None" if found is None else "value"
+    kind = type(found).__name__.removeprefix("immutable_")
+    keyed = not isinstance(found, list) and type(found) is not tuple
+    parts = [f"{_key_text(path[0])}: " * keyed + structure_text(part) for path, part in level]
+    return f"{kind}({', '.join(parts)})"
 
 
 def _key_text(key: Any) -> str:

@@ -74,10 +74,15 @@ def test_integers_stay_within_the_range_of_the_example() -> None:
     assert {batch.inputs.args[1].dtype for batch in batches} == {torch.bool}
 
 
-def test_tensors_without_the_batch_dimension_are_shared() -> None:
-    x, table = torch.randn(2, 5), torch.randn(7, 5)
-    for batch in battery(as_inputs((x, table)), dynamic_batch=True):
-        assert torch.equal(batch.inputs.args[1], table)
+def test_floats_without_the_batch_dimension_vary_between_runs() -> None:
+    x, table, scalar, ids = torch.randn(2, 5), torch.randn(7, 5), torch.tensor(2.0), torch.arange(7)
+    batches = battery(as_inputs((x, table, scalar, ids)), dynamic_batch=True)
+    for position, value in ((1, table), (2, scalar)):
+        seen = [batch.inputs.args[position] for batch in batches]
+        assert torch.equal(seen[0], value)
+        assert all(found.shape == value.shape and found.dtype == value.dtype for found in seen)
+        assert len({tuple(found.flatten().tolist()) for found in seen}) == len(batches) == 3
+    assert all(torch.equal(batch.inputs.args[3], ids) for batch in batches)
 
 
 def test_keywords_and_nesting_are_kept() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from typing import Any
+import re
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from graphsurgery.capture import capture
 from graphsurgery.errors import VerificationError
+from graphsurgery.restore import restore
 from graphsurgery.verify import Baseline, Inputs, Verdict, verify
 
 
@@ -273,6 +277,48 @@ def test_nested_outputs_none_and_numbers() -> None:
     assert verdict.batch_sizes == (1, 2, 5)
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (lambda x: (x, None), lambda x: (x,), r"returns tuple\(value\), the reference tuple\(value, None\)"),
+        (lambda x: (x, x), lambda x: [x, x], r"returns list\(value, value\)"),
+        (lambda x: {"a": x, "b": None}, lambda x: {"a": x}, r"dict\(a: value, b: None\)"),
+        (lambda x: (x, (x, ())), lambda x: (x, [x, ()]), r"tuple\(value, list\(value, tuple\(\)\)\)"),
+        (lambda x: (x, x), lambda x: torch.return_types.max((x, x)), "returns max"),
+    ],
+    ids=["none", "list", "key", "nested", "named"],
+)
+def test_the_structure_of_the_outputs_counts(first: Any, second: Any, said: str) -> None:
+    verdict = verify(Returns(first), Returns(second), image())
+    assert not verdict.ok
+    assert re.search(f"output structure differs.*{said}|are called", verdict.reason), verdict.reason
+    assert not verify(Returns(second), Returns(first), image()).ok
+    for same in (first, second):
+        assert verify(Returns(same), Returns(same), image(), dynamic_batch=True).ok
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda x: Pair(x * 2, x),
+        lambda x: [x.flatten(1).max(1), {"n": None}],
+        lambda x: OrderedDict(b=x, a=x + 1),
+        lambda x: (x.shape[0], x * 2),
+    ],
+    ids=["namedtuple", "list", "ordered", "number"],
+)
+def test_a_captured_graph_keeps_the_structure(what: Any) -> None:
+    model = Returns(what).eval()
+    for program in (capture(model, image()), restore(capture(model, image()))):
+        verdict = verify(model, program, image())
+        assert verdict.ok, verdict.reason
+
+
 def test_keyword_inputs_and_both_kinds() -> None:
     class Scaled(nn.Module):
         def __init__(self, slope: float) -> None:
@@ -287,6 +333,30 @@ def test_keyword_inputs_and_both_kinds() -> None:
     assert not verify(Scaled(2.0), Scaled(2.001), keywords, dynamic_batch=True).ok
     mixed = Inputs((image(),), {"scale": image(1), "flag": False})
     assert verify(Scaled(2.0), Scaled(3.0), mixed).ok
+
+
+def test_an_input_without_a_batch_dimension_is_no_constant() -> None:
+    class Times(nn.Module):
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            return x * k
+
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            return x * 2.0
+
+    inputs = (image(), torch.tensor(2.0))
+    assert verify(Times(), Times(), inputs, dynamic_batch=True).ok
+    for dynamic in (True, False):
+        assert not verify(Times(), Doubles(), inputs, dynamic_batch=dynamic).ok
+
+
+@pytest.mark.parametrize(
+    "x", [torch.arange(6).view(2, 3), torch.ones(2, 3).bool(), torch.ones(2, 3)], ids=lambda x: str(x.dtype)
+)
+def test_integer_inputs_are_said_to_keep_to_the_example(x: Tensor) -> None:
+    twice = Returns(lambda x: x * 2.0)
+    said = any("keep to the range of the example" in note for note in verify(twice, twice, x).notes)
+    assert said == (not x.is_floating_point())
 
 
 def test_non_contiguous_and_scalar_outputs() -> None:
