@@ -89,6 +89,21 @@ def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
     return wrapped
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graphsurgery {gs.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 @_exit_codes
 def optimize(

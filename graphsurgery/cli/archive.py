@@ -18,6 +18,7 @@ import ast
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ def load_archive(path: Path) -> torch.export.ExportedProgram:
         raise UsageError(
             f"{path} does not exist or is no file; MODEL names a .pt2 written by torch.export.save."
         )
+    if _is_pickle(path):
+        raise UsageError(
+            f"{path} was written by torch.save; use torch.export.save, or load it in a factory of your own."
+        )
     try:
         _check_archive(path)
     except _UnsafeError as error:
@@ -109,6 +114,15 @@ def load_archive(path: Path) -> torch.export.ExportedProgram:
     except Exception as error:  # as above
         raise UsageError(f"{path} could not be loaded as an exported program: {first_line(error)}") from error
     return program
+
+
+def _is_pickle(path: Path) -> bool:
+    """Return whether `torch.save` wrote the file: a zip with one pickle at its top; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _check_archive(path: Path) -> None:

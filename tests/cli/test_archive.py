@@ -192,3 +192,11 @@ def test_a_missing_record_is_one_sentence(saved: Path, tmp_path: Path, record: s
 def test_an_absent_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_archive(tmp_path / "none.pt2")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_of_torch_save_is_told_apart(tmp_path: Path, whole: bool) -> None:
+    model = nn.Linear(2, 2)
+    torch.save(model if whole else model.state_dict(), tmp_path / "model.pt2")
+    with pytest.raises(UsageError, match=r"model.pt2 was written by torch.save; use torch.export.save"):
+        load_archive(tmp_path / "model.pt2")

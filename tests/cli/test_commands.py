@@ -297,6 +297,11 @@ def test_runs_as_a_module() -> None:
     assert "fold-affine" in done.stdout
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"graphsurgery {gs.__version__}\n"
+
+
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     said = capsys.readouterr()
