@@ -304,6 +304,23 @@ def test_export_writes_a_verified_file(net: nn.Module, image: Tensor, tmp_path: 
     assert gs.verify(net, tmp_path / "net.onnx", image, dynamic_batch=True).ok
 
 
+def test_what_cannot_be_measured_is_a_note(
+    net: nn.Module, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(gm: fx.GraphModule) -> nn.Module:
+        raise gs.ExportError("Net cannot be translated to ONNX")
+
+    result = gs.optimize(net, image)
+    monkeypatch.setattr(pipeline.result, "restore", fail)
+    done = result.export_onnx(tmp_path / "net.onnx", measure=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    assert result.report.onnx is not None
+    assert result.report.after.size_bytes == done.size_bytes
+    assert (result.report.before.latency_ms, result.report.after.latency_ms) == (None, None)
+    assert "not compared with the original's: Net cannot" in result.report.captured.notes[-1]
+    assert "note: size and latency were not compared" in str(result.report)
+
+
 def test_a_file_that_differs_is_not_left_behind(net: nn.Module, image: Tensor, tmp_path: Path) -> None:
     result = gs.optimize(net, image)
     with torch.no_grad():

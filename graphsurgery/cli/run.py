@@ -16,7 +16,7 @@ import graphsurgery as gs
 from graphsurgery.cli.errors import UsageError
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
-from graphsurgery.cli.outputs import check_writable, staged
+from graphsurgery.cli.outputs import check_writable, staged, staged_model
 from graphsurgery.cli.progress import progress
 from graphsurgery.report.codec import to_plain
 
@@ -62,7 +62,9 @@ class Outcome:
 
 
 def optimize(request: Request, console: Console) -> Outcome:
-    """Load, fold, verify and write; no file is left behind when one of them cannot be made.
+    """Load, fold, verify and write; the files appear when all of them were made, else none does.
+
+    A measurement that fails is a note of the report, and keeps no file back.
 
     Raises:
         UsageError: The request cannot be carried out as given.
@@ -84,7 +86,11 @@ def optimize(request: Request, console: Console) -> Outcome:
                 result.save(files.enter_context(staged(request.save)))
             if request.output is not None:
                 on_event(gs.Event("stage-start", "export to ONNX, run and measure", 0, 1))
-                result.export_onnx(request.output, verify=request.verify != "off", measure=True)
+                model = files.enter_context(staged_model(request.output))
+                result.export_onnx(model, verify=request.verify != "off", measure=True)
+                if result.report.onnx is not None:
+                    onnx = dataclasses.replace(result.report.onnx, path=str(request.output))
+                    result.report = dataclasses.replace(result.report, onnx=onnx)
             if request.report is not None:
                 text = result.report.to_json()
                 files.enter_context(staged(request.report)).write_text(text + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ class OptimizeResult:
             path: The file; nothing is left there when it cannot be written or differs.
             verify: Whether to compare.
             measure: Whether to write the original too (to a temporary file), and put size and latency of both
-                into the report.
+                into the report. What cannot be measured is said in a note there and is no error.
 
         Raises:
             ExportError: The result cannot be translated, or the file not written.
@@ -72,12 +72,18 @@ class OptimizeResult:
         return done
 
     def _measure(self, path: str) -> None:
-        """Put size and latency of the original's and the result's ONNX file into the report."""
+        """Put size and latency of the original's and the result's ONNX file into the report, or why not."""
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "original.onnx"
-            original = export_onnx(restore(self._proof.captured), self._proof.info, copy, verify=False)
-            before, after = latency_ms([original.path, path], self._proof.example.tensors())
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / "original.onnx"
+                original = export_onnx(restore(self._proof.captured), self._proof.info, copy, verify=False)
+                before, after = latency_ms([original.path, path], self._proof.example.tensors())
+        except Exception as error:  # noqa: BLE001 - the file is good whatever keeps it from being timed
+            note = f"size and latency were not compared with the original's: {error or type(error).__name__}"
+            captured = self.report.captured
+            self.report = replace(self.report, captured=replace(captured, notes=(*captured.notes, note)))
+            return
         self.report = replace(
             self.report,
             before=replace(self.report.before, size_bytes=original.size_bytes, latency_ms=before),

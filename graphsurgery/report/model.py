@@ -39,7 +39,7 @@ class Captured:
         dynamic_batch: Whether the leading dimension of the inputs is free.
         inputs: Flat inputs.
         outputs: Flat outputs.
-        notes: What a reader should know, as why the batch is static.
+        notes: What a reader should know, as why the batch is static or what could not be measured.
     """
 
     dynamic_batch: bool
