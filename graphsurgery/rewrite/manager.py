@@ -154,10 +154,13 @@ class _Run:
         if finding is None and result is not None and result.modified:
             finding = self._check(declared, after)
         self.seconds[declared.name] = self.seconds.get(declared.name, 0.0) + time.perf_counter() - start
+        if result is not None:
+            self.refusals[index] = (
+                result.refusals
+            )  # a pass that is rolled back has still said what it declines
         if finding is not None or result is None:
             self._fail(index, finding or ("raised", "gave no result"))
             return False
-        self.refusals[index] = result.refusals
         if result.modified:
             self.current = after
             self.steps.append(Step(declared.name, self.round, after.gm, result.changes))
@@ -231,7 +234,6 @@ class _Run:
         code, reason = finding
         name = self.manager.passes[index].name
         self.disabled.add(index)
-        self.refusals.pop(index, None)
         self.failures.append(PassFailure(name, code, reason, self.round))
         self._tell("pass-failed", index, reason=reason)
         if self.manager.strict:

@@ -334,6 +334,15 @@ def test_a_failing_check_rolls_back_with_its_reason(gm: fx.GraphModule) -> None:
     assert seen == [("culprit", True), ("drop-one-relu", True)]
 
 
+def test_a_pass_that_is_rolled_back_keeps_its_refusals(gm: fx.GraphModule) -> None:
+    def check(before: fx.GraphModule, after: fx.GraphModule, p: Pass) -> Any:
+        return SimpleNamespace(ok=False, reason="off")
+
+    result = PassManager([DropOneRelu()], check=check)(gm)
+    assert [f.code for f in result.failures] == ["check"]
+    assert [r.reason for r in result.refusals] == ["2 relus"]
+
+
 # -- fixed point, order, records
 
 
