@@ -330,12 +330,14 @@ SWIN = {
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
-    timm = pytest.importorskip("timm")
+    import timm
+
     return timm.create_model(name, **options)
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
-    models = pytest.importorskip("torchvision").models
+    from torchvision import models
+
     return getattr(models, name)(**options)
 
 
