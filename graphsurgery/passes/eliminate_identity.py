@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -43,8 +43,7 @@ class EliminateIdentity(Pass):
     6. `pad`: by zero on every side.
     7. `neutral`: times 1, divided by 1, minus 0; plus 0 for integers only, since -0.0 + 0.0 is 0.0.
     8. `compose`: permute of permute, reshape of reshape, when the inner one dies of it.
-    9. `duplicate`: two reads of one attribute; two buffers with equal bytes (parameters keep their names and
-       ties).
+    9. `duplicate`: two buffers with equal bytes (parameters keep their names and ties).
     10. `dead`: nodes that no output needs, and the parameters and buffers that no node reads.
     """
 
@@ -161,15 +160,13 @@ class _Surgery:
 
     def merge_constants(self) -> None:
         """Case 9."""
-        by_name: dict[Any, fx.Node] = {}
         by_content: dict[bytes, fx.Node] = {}
         for node in list(self.gm.graph.nodes):
-            if node.op != "get_attr":
+            if node.op != "get_attr" or not self._is_plain_buffer(node):
                 continue
-            known = by_name.setdefault(node.target, node)
-            if known is node and self._is_plain_buffer(node):
-                known = by_content.setdefault(tensor_digest(self._value(node)), node)
-            if known is node or not same_bits(self._value(known), self._value(node)):
+            known = by_content.setdefault(tensor_digest(self._value(node)), node)
+            # Two reads of one name are one tensor already: nothing would be gained.
+            if known.target == node.target or not same_bits(self._value(known), self._value(node)):
                 continue
             detail = f"{node.target} holds what {known.target} holds"
             self._replaced("duplicate", (node,), (known,), detail)

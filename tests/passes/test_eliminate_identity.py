@@ -251,6 +251,20 @@ def test_noop_on(case: str) -> None:
     assert found == left.split()
 
 
+def test_noop_on_two_reads_of_one_buffer() -> None:
+    _, gm = graph_of(lambda m, x: x + m.a.running_mean, image().nan_to_num(0, 1, 1), a=nn.BatchNorm1d(6))
+    read = next(node for node in gm.graph.nodes if node.op == "get_attr")
+    add = next(iter(read.users))
+    with gm.graph.inserting_before(add):
+        twin = gm.graph.get_attr(read.target)
+        twin.meta = dict(read.meta)
+        sum_ = gm.graph.call_function(torch.ops.aten.add.Tensor, (read, twin))
+        sum_.meta = dict(read.meta)
+    add.replace_input_with(read, sum_)
+    gm.recompile()
+    assert not run(gm).changes
+
+
 def test_noop_on_tied_and_equal_parameters() -> None:
     a, b, c = (nn.Linear(6, 6) for _ in range(3))
     b.weight = a.weight
