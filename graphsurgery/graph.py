@@ -28,7 +28,6 @@ __all__ = [
     "delete_unused_attrs",
     "fake_mode",
     "fresh_attr",
-    "fresh_module_path",
     "get_attr_value",
     "has_attr",
     "module_path",
@@ -186,18 +185,6 @@ def fresh_attr(gm: nn.Module, wanted: str) -> str:
         count += 1
         name = ".".join([*steps[:numbered], f"{steps[numbered]}_{count}", *steps[numbered + 1 :]])
     return name
-
-
-def fresh_module_path(gm: nn.Module, wanted: str) -> str:
-    """Return a module path near `wanted` under which neither `weight` nor `bias` exists.
-
-    A layer written as `<path>.weight` and `<path>.bias` is restored as a module at that path.
-    """
-    path, count = wanted, 0
-    while not (_is_free(gm, f"{path}.weight") and _is_free(gm, f"{path}.bias")):
-        count += 1
-        path = f"{wanted}_{count}"
-    return path
 
 
 def _tensor_names(module: nn.Module) -> Iterator[str]:
