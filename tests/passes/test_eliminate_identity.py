@@ -35,8 +35,9 @@ class Of(nn.Module):
 def graph_of(
     function: Callable[..., Any], x: Tensor, **children: nn.Module
 ) -> tuple[nn.Module, fx.GraphModule]:
+    """The model and its graph, captured on an input without NaN (which capture refuses)."""
     model = Of(function, **children).eval()
-    return model, capture(model, (x,))
+    return model, capture(model, (x.nan_to_num() if x.is_floating_point() else x,))
 
 
 def image(dtype: torch.dtype = torch.float32) -> Tensor:
