@@ -39,7 +39,7 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     before, after = region.nodes[:index], region.nodes[index + 1 :]
     if channel is None or not all(_along(region, node, channel) for node in (*before, *after)):
         return None
-    if form.axes is not region.axes or any(
+    if form.axes != region.axes or any(
         type(step).__name__ in ("Reshape", "Permute", "Pad") for step in form.steps
     ):
         return None
@@ -131,7 +131,7 @@ def _diagonal(
 def permuted_kernel(region: Region, form: Form) -> torch.Tensor | None:
     """`K[1, f, g]` of one Linear among calls that only move and scale; None for any other region."""
     heavy = [node for node in region.nodes if is_heavy(node)]
-    if len(heavy) != 1 or op_name(heavy[0]) != "linear" or form.axes is not region.axes:
+    if len(heavy) != 1 or op_name(heavy[0]) != "linear" or form.axes != region.axes:
         return None
     if any(atom.window is not None or (atom.carried and atom.varied) for atom in region.axes.atoms()):
         return None
