@@ -94,7 +94,7 @@ def _reads_outside(form: Form) -> bool:
 
 
 def _inputs(layer: fx.Node, weight: torch.Tensor) -> int:
-    groups = int(layer.args[6]) if op_name(layer) != "linear" and len(layer.args) > 6 else 1  # type: ignore[arg-type]
+    groups = int(layer.args[6]) if op_name(layer) != "linear" and len(layer.args) > 6 else 1  # type: ignore[arg-type]  # an int by the schema
     return weight.shape[1] * groups
 
 

@@ -166,7 +166,7 @@ class Scope:
             elif _narrows(node):
                 # A rounding that the model asks for is part of its function: do it, then widen.
                 source = fx.node.map_arg(node.args, lambda n: _as_recorded(values[n], n))
-                values[node] = _wide(node.target(*source, **node.kwargs))  # type: ignore[operator]
+                values[node] = _wide(node.target(*source, **node.kwargs))  # type: ignore[operator]  # an op
             else:
                 values[node] = _call(node, lambda n: values[n])
         return values
@@ -259,7 +259,7 @@ def _call(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
     dtype = kwargs.get("dtype")
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         kwargs["dtype"] = torch.float64
-    return _wide(node.target(*args, **kwargs))  # type: ignore[operator]
+    return _wide(node.target(*args, **kwargs))  # type: ignore[operator]  # an op
 
 
 def _batch_norm(node: fx.Node, operand: Callable[[fx.Node], Any]) -> torch.Tensor:
