@@ -20,7 +20,7 @@ from torch import fx
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes
 from graphsurgery.affine.forms import Form
-from graphsurgery.affine.region import Region, Scope, is_heavy
+from graphsurgery.affine.region import Region, Scope, is_heavy, runner
 from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor, tensor_meta
 
@@ -30,6 +30,8 @@ _PLAIN = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous"
 
 def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     """The slots of a form in closed form, or None where the region is not one layer between diagonals."""
+    if not _straight(region):
+        return None
     heavy = [node for node in region.nodes if is_heavy(node)]
     if len(heavy) != 1 or form.kind not in ("linear", "conv1d", "conv2d", "conv3d"):
         return None
@@ -122,7 +124,7 @@ def _diagonal(
     shape = [1] * len(tensor_meta(source).shape)
     shape[channel] = size
     with torch.no_grad():
-        run = region.runner(1, nodes)
+        run = runner(region.scope, _entry(region.scope, nodes), nodes, 1)
         shift = run(torch.zeros(shape, dtype=torch.float64))
         scale = run(torch.ones(shape, dtype=torch.float64)) - shift
     return scale.flatten(), shift.flatten()
@@ -130,6 +132,8 @@ def _diagonal(
 
 def permuted_kernel(region: Region, form: Form) -> torch.Tensor | None:
     """`K[1, f, g]` of one Linear among calls that only move and scale; None for any other region."""
+    if not _straight(region):
+        return None
     heavy = [node for node in region.nodes if is_heavy(node)]
     if len(heavy) != 1 or op_name(heavy[0]) != "linear" or form.axes != region.axes:
         return None
@@ -181,9 +185,17 @@ def _gain(region: Region, nodes: Sequence[fx.Node]) -> torch.Tensor:
     """What a stretch that moves and scales makes of ones."""
     live = next(o for o in nodes[0].all_input_nodes if o not in region.scope.constant and is_tensor(o))
     ones = torch.ones([region.scope.actual(n, 1) for n in region.scope.shape(live)], dtype=torch.float64)
-    run = region.runner(1, nodes)
+    run = runner(region.scope, _entry(region.scope, nodes), nodes, 1)
     return run(ones) - run(torch.zeros_like(ones))
 
 
 def _reordered(sizes: list[int], order: list[int]) -> torch.Tensor:
     return torch.arange(prod(sizes)).reshape(sizes).permute(order).flatten()
+
+
+def _entry(scope: Scope, nodes: Sequence[fx.Node]) -> fx.Node:
+    return rules.live_operands(nodes[0], scope.constant)[0]
+
+
+def _straight(region: Region) -> bool:
+    return all(rules.live_operand(node, region.scope.constant) is not None for node in region.nodes)
