@@ -25,6 +25,7 @@ from graphsurgery.affine import join, rules, rules_linear, rules_movement, rules
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.choice import Option, Score, objection, options, score
 from graphsurgery.affine.dominance import PostDominators
+from graphsurgery.affine.preshift import preshifted
 from graphsurgery.affine.region import Region, Scope, Tally
 from graphsurgery.values import is_tensor, tensor_meta
 
@@ -109,17 +110,13 @@ class Search:
             best = _plus(best, self._best[child])
         self._tally[node] = tally
         self.axes[node] = self._entries(node)
-        for entry, axes in self.axes[node].items():
+        for entry, axes in reversed(self.axes[node].items()):  # of equals the one that changes least
             if not is_tensor(node) or not self._dies(entry, node):
                 continue
             if set(rules.live_operands(node, self.scope.constant)) == {entry}:
                 continue  # one call is what it is
             region = self.region(entry, node, axes)
-            try:
-                found = options(region)
-            except NoFold:
-                continue
-            option = next((o for o in found if objection(region, o, self.growth) is None), None)
+            option = cheapest(region, self.growth)
             if option is None:
                 continue
             whole = score(option.cost)
@@ -199,6 +196,17 @@ class Search:
             for entry, _ in members:
                 if all(entry is not other for other, _ in kept):
                     del found[entry]
+
+
+def cheapest(region: Region, growth: float) -> Option | None:
+    """The cheapest form of a region that is worth it, if there is one."""
+    try:
+        found = list(options(region))
+    except NoFold:
+        found = []
+    found += preshifted(region)
+    paying = [option for option in found if objection(region, option, growth) is None]
+    return min(paying, key=lambda option: score(option.cost), default=None)
 
 
 def is_entry(scope: Scope, node: fx.Node) -> bool:
