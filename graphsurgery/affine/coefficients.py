@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from graphsurgery.affine.closed import closed_form, permuted_kernel
+from graphsurgery.affine.closed import closed_form
 from graphsurgery.affine.forms import Form, Roles, interior
+from graphsurgery.affine.permuted import permuted_kernel
+from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
 
@@ -49,11 +51,16 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
         budget: bytes that a chunk of probes may take.
 
     """
-    closed = closed_form(region, form)
-    if closed is not None:
-        return Coefficients(form, closed, "closed")
     roles = Roles(form.axes, len(region.scope.shape(region.entry)))
     slots: dict[str, torch.Tensor] = {}
+    if SLOT in form.slots:
+        slots[SLOT] = entry_shift(region, form.slots[SLOT])
+    closed = closed_form(region, form)
+    if closed is not None:
+        slots.update(closed)
+        if not {"bias", "shift"} & set(form.slots) <= set(slots) or SLOT in slots:
+            slots.update(_shift(region, roles, form, slots.get(SLOT)))
+        return Coefficients(form, slots, "closed")
     method = "closed"
     if "weight" in form.slots or "scale" in form.slots:
         kernel = permuted_kernel(region, form)
@@ -63,8 +70,8 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
             slots["scale"] = _spread(kernel.flatten(), roles, roles.varied, roles.exit, form.slots["scale"])
         else:
             slots["weight"] = _weight(kernel, form)
-    if form.axes.shifted:
-        slots.update(_shift(region, roles, form))
+    if {"bias", "shift"} & set(form.slots):
+        slots.update(_shift(region, roles, form, slots.get(SLOT)))
     return Coefficients(form, slots, method)
 
 
@@ -74,11 +81,14 @@ def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
     return kernel.permute(0, 1, 2, *(3 + which for which in windows)).reshape(form.slots["weight"])
 
 
-def _shift(region: Region, roles: Roles, form: Form) -> dict[str, torch.Tensor]:
-    """The region at zero, at its real sizes, as the slot that the form gives it."""
+def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The region where the layer reads zero, at its real sizes, as the slot that the form gives it."""
+    if not form.axes.shifted:
+        return {}
     shape = [region.scope.actual(n, 1) for n in region.scope.shape(region.entry)]
+    zero = torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():
-        value = region.runner(1)(torch.zeros(shape, dtype=torch.float64))
+        value = region.runner(1)(zero if before is None else zero - before)
     value, sizes = _by_label(value, roles.exit, roles.exit_sizes, region)
     position = {label: i for i, label in enumerate(sizes)}
     name = "bias" if "bias" in form.slots else "shift"

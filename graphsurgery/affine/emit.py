@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
@@ -91,7 +92,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
             value_node.meta["val"] = region.exit.meta["val"]
         nodes.append(value_node)
     region.exit.replace_all_uses_with(value_node)
-    for node in (*reversed(region.nodes), *dying):
+    for node in sorted((*region.nodes, *dying), key=region.scope.position, reverse=True):
         if not node.users:
             graph.erase_node(node)
     return Emitted(tuple(nodes), tuple(written))
@@ -123,9 +124,9 @@ def _dying(region: Region) -> tuple[fx.Node, ...]:
     """Constants (and sizes) that nothing reads but the region, readers first."""
     gone: dict[fx.Node, None] = dict.fromkeys(region.nodes)
     dying: list[fx.Node] = []
-    queue = [o for n in reversed(region.nodes) for o in n.all_input_nodes]
+    queue = deque(o for n in reversed(region.nodes) for o in n.all_input_nodes)
     while queue:
-        node = queue.pop(0)
+        node = queue.popleft()
         if node in gone or node is region.entry or node.op == "placeholder":
             continue
         if all(user in gone for user in node.users):
@@ -180,8 +181,8 @@ def _call(
             return (_NAMED if named else _CONVS)[rank], (x, attributes["weight"], bias_node, *options)
         case Scale(_):
             return aten.mul.Tensor, (x, attributes["scale"])
-        case Shift(_):
-            return aten.add.Tensor, (x, attributes["shift"])
+        case Shift(_, slot):
+            return aten.add.Tensor, (x, attributes[slot])
 
 
 def _symbolic(size: int, region: Region) -> bool:

@@ -74,9 +74,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Shift:
-    """Addition of slot `shift`, which broadcasts."""
+    """Addition of a slot, which broadcasts."""
 
     out: Shape
+    slot: str = "shift"
 
 
 Step = Reshape | Permute | Pad | Linear | Conv | Scale | Shift
@@ -116,8 +117,8 @@ def run(
                 )
             case Scale(_):
                 x = x * slots["scale"]
-            case Shift(_):
-                x = x + slots["shift"]
+            case Shift(_, slot):
+                x = x + slots[slot]
     return x
 
 

@@ -14,24 +14,20 @@ from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.choice import options
 from graphsurgery.affine.coefficients import Coefficients, fill
 from graphsurgery.affine.region import Region, Scope
-from graphsurgery.affine.search import ChainSearch, chains
+from graphsurgery.affine.search import Search
 from graphsurgery.capture import capture
 
 
 def filled_forms(seed: int, budget: int = 1 << 22) -> Iterator[tuple[Region, Coefficients]]:
     """All forms, whatever they cost, of all stretches of a random chain."""
     model, x = random_chain(seed, 2 + seed % 3)
-    scope = Scope(capture(model, (x,)))
-    for chain in chains(scope):
-        search = ChainSearch(scope, chain, 2.0)
-        for start in range(search.size):
-            try:
-                for stop, axes in search.walk(start):
-                    region = search.region(start, stop, axes)
-                    for option in options(region):
-                        yield region, fill(region, option.form, budget)
-            except NoFold:
-                continue
+    for region in Search(Scope(capture(model, (x,))), 2.0).regions():
+        try:
+            found = options(region)
+        except NoFold:
+            continue
+        for option in found:
+            yield region, fill(region, option.form, budget)
 
 
 def perturbed(filled: Coefficients, generator: torch.Generator) -> dict[str, torch.Tensor] | None:
