@@ -95,7 +95,8 @@ def test_tokens_merged_with_the_batch_around_addmm() -> None:
     def build() -> nn.Module:
         return Of(function, bias=torch.randn(8), matrix=torch.randn(6, 8), fc=nn.Linear(8, 3))
 
-    assert len(layers(fold(seeded(build), torch.randn(2, 5, 6)))) == 1
+    result = fold(seeded(build), torch.randn(2, 5, 6))
+    assert len(layers(result)) == 1
 
 
 def test_tokens_and_batch_swapped() -> None:
