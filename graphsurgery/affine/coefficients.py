@@ -22,6 +22,7 @@ from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
+from graphsurgery.values import is_tensor
 
 DEFAULT_BUDGET = 256 * 1024 * 1024
 """Bytes that the values of one chunk of probes may take."""
@@ -169,7 +170,7 @@ class _Probe:
         if not any(self.roles.symbolic([a]) for a in self.roles.shared):
             chunk = positions  # a static batch: only the positions that there are
         else:
-            nodes = [self.region.entry, *self.region.nodes]
+            nodes = [node for node in (self.region.entry, *self.region.nodes) if is_tensor(node)]
             bytes_each = 2 * 8 * sum(prod(scope.actual(n, 1) for n in scope.shape(node)) for node in nodes)
             chunk = max(1, budget // bytes_each) * positions
         for start in range(0, count, chunk):

@@ -149,6 +149,10 @@ def moves(source: Layout, target: Layout, sizes: Mapping[int, int]) -> tuple[Ste
         target: the same labels in another order or grouping.
         sizes: the size of each label.
     """
+    # A label of size one may lie anywhere.
+    source, target = (
+        tuple(tuple(a for a in dim if sizes[a] != 1) for dim in layout) for layout in (source, target)
+    )
     flat, wanted = [a for dim in source for a in dim], [a for dim in target for a in dim]
     shape_in, shape_out = _shape(source, sizes), _shape(target, sizes)
     if flat == wanted:

@@ -21,15 +21,13 @@ from math import prod
 
 from torch import fx
 
-from graphsurgery.affine import join, rules, rules_linear, rules_movement, rules_position
+from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.choice import Option, Score, objection, options, score
 from graphsurgery.affine.dominance import PostDominators
 from graphsurgery.affine.preshift import preshifted
 from graphsurgery.affine.region import Region, Scope, Tally
 from graphsurgery.values import is_tensor, tensor_meta
-
-_RULE_ROOMS = (join, rules_linear, rules_movement, rules_position)  # imported for what they register
 
 _FEW = 4
 """Entries of one kind that a call may have before those are dropped that an earlier one makes useless."""
