@@ -6,7 +6,8 @@ dimension's size. An atom is
 - an *entry digit* `(axis, stride, size)`: the coordinate `coord // stride % size` of an entry axis, carried
   to the output unchanged. It is *varied* when the coefficients differ along it (a per-channel scale,
   groups), else *shared*;
-- *windowed*: output position p reads the entry digit's positions `s*p + lo ... s*p + hi` every `step`;
+- *windowed*: output position p reads the entry digit's positions `s*p + lo ... s*p + hi` every `step`, or,
+  *transposed*, the digit's position p writes output positions `s*p + lo ... s*p + hi` every `step`;
 - *fresh*: a feature made by a layer from the features it consumed.
 
 Entry digits that were consumed are *gone*. In a region the carried, windowed and gone digits partition the
@@ -18,8 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import gcd, prod
+from math import prod
 from typing import NamedTuple
+
+from graphsurgery.affine.windows import Window
+
+__all__ = ["Atom", "Axes", "Dims", "NoFold", "Window", "size_of"]
 
 
 class NoFold(Exception):
@@ -30,33 +35,6 @@ class NoFold(Exception):
         super().__init__(reason)
         self.code = code
         self.reason = reason
-
-
-class Window(NamedTuple):
-    """Which positions of an entry digit of `base` positions an output position p reads."""
-
-    base: int
-    s: int
-    lo: int
-    hi: int
-    step: int  # distance between taps; 0 for a single tap
-    outside: bool = False  # whether some output positions read outside of the entry
-
-    @property
-    def taps(self) -> int:
-        """Number of taps, holes included."""
-        return 1 if self.hi == self.lo else (self.hi - self.lo) // self.step + 1
-
-    def then(self, s: int, lo: int, hi: int, step: int, outside: bool) -> Window:
-        """The window of a second window read through this one."""
-        return Window(
-            self.base,
-            self.s * s,
-            self.s * lo + self.lo,
-            self.s * hi + self.hi,
-            gcd(self.s * step, self.step),
-            self.outside or outside,
-        )
 
 
 class Atom(NamedTuple):
@@ -166,7 +144,7 @@ class Axes:
         """
         gone = list(self.gone)
         for atom in atoms:
-            if atom.fresh:
+            if atom.fresh or atom.digit().size == 1:
                 continue
             if self.symbolic(atom):
                 raise NoFold(
@@ -241,7 +219,8 @@ class Axes:
         Raises:
             NoFold: a symbolic size would have to be mixed.
         """
-        axes: Axes = self
+        # A window with a single position leaves no coordinate to carry: what it read are features.
+        axes = self.consume(atom for atom in self.atoms() if atom.size == 1)
         queue = [atom for atom in self.atoms() if atom.size != 1]
         single = [atom for atom in self.atoms() if atom.size == 1 and not atom.fresh]
         dims: list[tuple[Atom, ...]] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
 
 from torch import fx
 
@@ -119,8 +118,10 @@ def join(first: Axes, second: Axes, shape: Sequence[int]) -> Axes:
     rounded = any(a != b and (a or b or _ONE).s > 1 for a, b in windows)
     causes = [cause for cause in second.causes if cause not in first.causes]
     dims = [tuple(pair.joined for pair in row if pair.joined is not None) for row in rows]
-    if single:
+    if single and dims:
         dims[0] = (*dims[0], *single)
+    elif single:
+        gone += [atom.digit() for atom in single]
     return Axes(
         tuple(dims),
         _merged(gone),
@@ -191,18 +192,10 @@ def _agreed(x: Atom, y: Atom) -> Atom | None:
         return x._replace(varied=x.varied or y.varied, uneven=uneven)
     if x.varied or y.varied:
         return None
-    window = union(x.window or Window(x.size, 1, 0, 0, 0), y.window or Window(y.size, 1, 0, 0, 0))
+    window = (x.window or Window(x.size, 1, 0, 0, 0)).union(y.window or Window(y.size, 1, 0, 0, 0))
     if window is None:
         return None
     return x._replace(uneven=uneven, window=window)
-
-
-def union(a: Window, b: Window) -> Window | None:
-    """The window that covers two windows over the same positions; None where their strides differ."""
-    if (a.base, a.s) != (b.base, b.s):
-        return None
-    step = gcd(a.step, b.step, abs(a.lo - b.lo))
-    return Window(a.base, a.s, min(a.lo, b.lo), max(a.hi, b.hi), step, a.outside or b.outside)
 
 
 def _overlap(x: Atom, y: Atom) -> bool:
