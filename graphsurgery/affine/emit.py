@@ -60,7 +60,7 @@ def resembled(region: Region, kind: str) -> fx.Node:
         weights = (prod(region.scope.shape(o)) for o in node.all_input_nodes if o in region.scope.constant)
         return (same, is_heavy(node), max(weights, default=0))
 
-    return max(reversed(region.nodes), key=rank)
+    return max((node for node in reversed(region.nodes) if node not in region.shared), key=rank)
 
 
 def _family(name: str) -> str:
