@@ -110,6 +110,7 @@ def random_layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None
     rank = len(shape) - 2
     kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit", "zeros"]
     kinds += ["conv", "conv", "conv", "pool"] if 1 <= rank <= 3 else []
+    kinds += ["conv-transpose", "conv-transpose"] if 1 <= rank <= 3 else []
     kind = rng.choice(kinds)
     match kind:
         case "constant":
@@ -146,6 +147,8 @@ def random_layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None
             return nn.Dropout(0.5)
         case "pool":
             return _pool(rng, shape)
+        case "conv-transpose":
+            return _conv_transpose(rng, shape)
     return _conv(rng, shape)
 
 
@@ -178,6 +181,22 @@ def _conv(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
             return None
     make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
     return make(channels, out, kernel, stride, padding, dilation, groups, bias=rng.random() < 0.6)
+
+
+def _conv_transpose(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    rank, channels = len(shape) - 2, shape[1]
+    kernel = [rng.choice([1, 2, 2, 3, 4]) for _ in range(rank)]
+    groups = rng.choice([1, 1, 1, 2, channels])
+    out = groups * rng.choice([1, 2, 3])
+    if channels % groups or out > 12:
+        return None
+    stride = [rng.choice([1, 1, 2, 3]) for _ in range(rank)]
+    dilation = [rng.choice([1, 1, 1, 2]) for _ in range(rank)]
+    padding = [rng.choice([0, 0, 1, 2]) for _ in range(rank)]
+    extra = [rng.choice([0, 0, max(s, d) - 1]) for s, d in zip(stride, dilation, strict=True)]
+    make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
+    bias = rng.random() < 0.6
+    return make(channels, out, kernel, stride, padding, extra, groups, bias, dilation)
 
 
 def _pool(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:

@@ -6,7 +6,8 @@ dimension's size. An atom is
 - an *entry digit* `(axis, stride, size)`: the coordinate `coord // stride % size` of an entry axis, carried
   to the output unchanged. It is *varied* when the coefficients differ along it (a per-channel scale,
   groups), else *shared*;
-- *windowed*: output position p reads the entry digit's positions `s*p + lo ... s*p + hi` every `step`;
+- *windowed*: output position p reads the entry digit's positions `s*p + lo ... s*p + hi` every `step`, or,
+  *transposed*, the digit's position p writes output positions `s*p + lo ... s*p + hi` every `step`;
 - *fresh*: a feature made by a layer from the features it consumed.
 
 Entry digits that were consumed are *gone*. In a region the carried, windowed and gone digits partition the
@@ -18,8 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import gcd, prod
+from math import prod
 from typing import NamedTuple
+
+from graphsurgery.affine.windows import Window
+
+__all__ = ["Atom", "Axes", "Dims", "NoFold", "Window", "size_of"]
 
 
 class NoFold(Exception):
@@ -30,33 +35,6 @@ class NoFold(Exception):
         super().__init__(reason)
         self.code = code
         self.reason = reason
-
-
-class Window(NamedTuple):
-    """Which positions of an entry digit of `base` positions an output position p reads."""
-
-    base: int
-    s: int
-    lo: int
-    hi: int
-    step: int  # distance between taps; 0 for a single tap
-    outside: bool = False  # whether some output positions read outside of the entry
-
-    @property
-    def taps(self) -> int:
-        """Number of taps, holes included."""
-        return 1 if self.hi == self.lo else (self.hi - self.lo) // self.step + 1
-
-    def then(self, s: int, lo: int, hi: int, step: int, outside: bool) -> Window:
-        """The window of a second window read through this one."""
-        return Window(
-            self.base,
-            self.s * s,
-            self.s * lo + self.lo,
-            self.s * hi + self.hi,
-            gcd(self.s * step, self.step),
-            self.outside or outside,
-        )
 
 
 class Atom(NamedTuple):
@@ -166,7 +144,7 @@ class Axes:
         """
         gone = list(self.gone)
         for atom in atoms:
-            if atom.fresh:
+            if atom.fresh or atom.digit().size == 1:
                 continue
             if self.symbolic(atom):
                 raise NoFold(
@@ -180,6 +158,28 @@ class Axes:
         mixed = self.consume(self.dims[index]).with_dim(index, (Atom(size),) if size != 1 else ())
         return replace(mixed, pinned=True, causes=(*self.causes, cause))
 
+    def shuffle(self, index: int, size: int, cause: tuple[str, str]) -> Axes:
+        """As `mix`, by an op that some features do not mind: where there are only such, nothing is lost."""
+        if all(atom.fresh for atom in self.dims[index]):
+            return self.with_dim(index, (Atom(size),) if size != 1 else ())
+        return self.mix(index, size, cause)
+
+    def drop(self, index: int) -> Axes:
+        """One dimension of size one left out."""
+        return self._housed(self.dims[:index] + self.dims[index + 1 :], self.dims[index])
+
+    def _housed(self, dims: Dims, single: Iterable[Atom]) -> Axes:
+        """The given dimensions, and single positions of windows that have no dimension of their own.
+
+        They live in the first dimension, which is the batch as a rule and not mixed.
+        """
+        single = [atom._replace(uneven=False) for atom in single]
+        if not single:
+            return self.with_dims(dims)
+        if not dims:
+            return self.consume(single).with_dims(())
+        return replace(self.with_dims(((*dims[0], *single), *dims[1:])), pinned=True)
+
     def vary(self, index: int) -> Axes:
         """Coefficients differ along one dimension; windowed atoms there lose their structure.
 
@@ -190,10 +190,10 @@ class Axes:
         for atom in self.dims[index]:
             if axes.symbolic(atom):
                 raise NoFold("batch-varied", "its coefficients differ along an axis of symbolic size")
-            if atom.window is not None:
+            if atom.window is not None and atom.size != 1:
                 axes = axes.consume([atom])
                 atom = Atom(atom.size)
-            elif not atom.fresh:
+            elif atom.carried:
                 atom = atom._replace(varied=True)
             dim.append(atom)
         return axes.with_dim(index, tuple(dim))
@@ -208,7 +208,7 @@ class Axes:
         for index in indices:
             if any(self.symbolic(atom) for atom in dims[index]):
                 raise NoFold("batch-varied", "it adds a constant that differs along an axis of symbolic size")
-            dims[index] = tuple(atom._replace(uneven=True) for atom in dims[index])
+            dims[index] = tuple(a._replace(uneven=True) if a.size != 1 else a for a in dims[index])
         return replace(self, dims=tuple(dims), shifted=True)
 
     def reshape(self, shape: Sequence[int]) -> Axes:
@@ -219,8 +219,10 @@ class Axes:
         Raises:
             NoFold: a symbolic size would have to be mixed.
         """
-        axes: Axes = self
+        # A window with a single position leaves no coordinate to carry: what it read are features.
+        axes = self.consume(atom for atom in self.atoms() if atom.size == 1)
         queue = [atom for atom in self.atoms() if atom.size != 1]
+        single = [atom for atom in self.atoms() if atom.size == 1 and not atom.fresh]
         dims: list[tuple[Atom, ...]] = []
         position = 0
         while position < len(shape):
@@ -245,7 +247,7 @@ class Axes:
                     dim, need = list(dims_here[-1]), 1
             dims.append(tuple(dim))
             position += 1
-        return axes.with_dims(dims)
+        return axes._housed(tuple(dims), single)
 
     def _scramble(self, queue: list[Atom], shape: Sequence[int]) -> tuple[Axes, Dims, list[Atom]]:
         """Mix the shortest run of atoms that covers whole leading dimensions of `shape`."""

@@ -188,7 +188,7 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
         return None
     groups = layer.groups if isinstance(layer, Conv) else 1
     windows = _windows(form.axes, rank)
-    if kernel.groups % groups or not _holds(windows, kernel):
+    if windows is None or kernel.groups % groups or not _holds(windows, kernel):
         return None
     weight = kernel.regrouped(groups).on(windows).weight
     if tuple(weight.shape) != tuple(form.slots["weight"]):
@@ -196,12 +196,15 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     return {"weight": weight, "bias": kernel.bias} if "bias" in form.slots else {"weight": weight}
 
 
-def _windows(axes: Axes, rank: int) -> list[tuple[int, int, int, int]]:
-    """What the form reads along each spatial axis, as its axes say."""
+def _windows(axes: Axes, rank: int) -> list[tuple[int, int, int, int]] | None:
+    """What the form reads along each spatial axis, as its axes say; None for transposed windows."""
     windows = []
     for dim in axes.dims[len(axes.dims) - rank :]:
-        w: Window | None = dim[0].window if dim else None
-        windows.append((1, 0, 1, 1) if w is None else (w.s, w.lo, max(w.step, 1), w.taps))
+        w = dim[0].window if dim else None
+        ordinary = w.ordinary() if w else Window(1, 1, 0, 0, 0)
+        if ordinary is None:
+            return None
+        windows.append((ordinary.s, ordinary.lo, max(ordinary.step, 1), ordinary.taps))
     return windows
 
 

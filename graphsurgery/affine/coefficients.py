@@ -4,24 +4,29 @@ The canonical coefficients of a region are `K[v, f, g, *taps]`: for each coordin
 the weight of gone coordinate g and kernel tap in feature f. They are found column by column (one-hot inputs)
 or row by row (the adjoint: gradients of one-hot outputs), whichever are fewer. One-hots are packed into the
 batch and all carried positions, which a region treats alike. Windows are read off the adjoint at one output
-position whose window lies inside of the entry.
+position whose window lies inside of the entry; transposed windows off the columns of one entry position that
+writes inside of the output. Where no position sees all taps, several are looked at; a tap that none sees is
+zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, prod
 from typing import Any
 
 import torch
 
+from graphsurgery.affine.atoms import Atom, Window
 from graphsurgery.affine.closed import closed_form
-from graphsurgery.affine.forms import Form, Roles, interior
+from graphsurgery.affine.forms import Form, Roles
 from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
+from graphsurgery.values import is_tensor
 
 DEFAULT_BUDGET = 256 * 1024 * 1024
 """Bytes that the values of one chunk of probes may take."""
@@ -65,7 +70,7 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
     if "weight" in form.slots or "scale" in form.slots:
         kernel = permuted_kernel(region, form)
         if kernel is None:
-            kernel, method = _Probe(region, roles).linear_part(budget)
+            kernel, method = _Probe(region, roles, form.transposed).linear_part(budget)
         if "scale" in form.slots:
             slots["scale"] = _spread(kernel.flatten(), roles, roles.varied, roles.exit, form.slots["scale"])
         else:
@@ -78,7 +83,9 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
 def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
     """`K[v, f, g, *taps]` as the layer's weight; a carried axis of a convolution has one tap."""
     windows = [which for which in form.spatial if which is not None]
-    return kernel.permute(0, 1, 2, *(3 + which for which in windows)).reshape(form.slots["weight"])
+    channels = (0, 2, 1) if form.transposed else (0, 1, 2)
+    kernel = kernel.permute(*channels, *(3 + which for which in windows))
+    return kernel.reshape(form.slots["weight"]).contiguous()
 
 
 def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -138,13 +145,24 @@ def _batch_of(value: torch.Tensor, layout: Layout, sizes: dict[int, int], region
     return max(1, value.numel() // unit) if region.scope.primes else 1
 
 
+Taps = tuple[list[int], ...]
+
+
+def _facing(atom: Atom, transposed: bool) -> Window:
+    """An atom's window as a form reads it: ordinary, or transposed."""
+    window = atom.window
+    found = window and (window.reverse(atom.size) if transposed else window.ordinary())
+    if found is None:
+        raise ValueError(f"the form has no window for the atom {atom}")
+    return found
+
+
 class _Probe:
     """The linear part of a region, by one-hots."""
 
-    def __init__(self, region: Region, roles: Roles) -> None:
-        self.region, self.roles = region, roles
-        windows = [roles.atoms[label].window for label in roles.windowed]
-        self.windows = [w for w in windows if w is not None]
+    def __init__(self, region: Region, roles: Roles, transposed: bool) -> None:
+        self.region, self.roles, self.transposed = region, roles, transposed
+        self.windows = [_facing(roles.atoms[label], transposed) for label in roles.windowed]
         self.order_out = (*roles.shared, *roles.varied, *roles.fresh, *roles.windowed)
         self.order_in = (*roles.shared, *roles.varied, *roles.gone, *roles.windowed)
 
@@ -155,7 +173,7 @@ class _Probe:
         gone = prod(roles.entry_sizes[a] for a in roles.gone)
         varied = roles.sizes(roles.varied)
         kernel = torch.zeros(varied, features, gone, *(w.taps for w in self.windows), dtype=torch.float64)
-        columns = not self.windows and gone <= features
+        columns = self.transposed or (not self.windows and gone <= features)
         count = gone if columns else features
         fill = self._columns if columns else self._rows
         for start, stop, batch in self._chunks(count, budget):
@@ -169,7 +187,7 @@ class _Probe:
         if not any(self.roles.symbolic([a]) for a in self.roles.shared):
             chunk = positions  # a static batch: only the positions that there are
         else:
-            nodes = [self.region.entry, *self.region.nodes]
+            nodes = [node for node in (self.region.entry, *self.region.nodes) if is_tensor(node)]
             bytes_each = 2 * 8 * sum(prod(scope.actual(n, 1) for n in scope.shape(node)) for node in nodes)
             chunk = max(1, budget // bytes_each) * positions
         for start in range(0, count, chunk):
@@ -180,51 +198,68 @@ class _Probe:
         return [self.region.scope.actual(sizes[a], batch) for a in order]
 
     def _columns(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
-        roles = self.roles
-        n = stop - start
-        x = self._one_hots(roles.entry, roles.entry_sizes, self.order_in, roles.gone, start, n, batch, ())
+        roles, n = self.roles, stop - start
+        entry_sizes, exit_sizes = self._probe_sizes()
         run = self.region.runner(batch)
-        with torch.no_grad():
-            y = run(x) - run(torch.zeros_like(x))
-        flat = self._canonical(y, roles.exit, roles.exit_sizes, self.order_out, roles.fresh, batch)
-        kernel[:, :, start:stop] = flat[torch.arange(n)].permute(1, 2, 0)
+        for at, taps in self._looks(entry_sizes, exit_sizes):
+            hot = (roles.gone, start, n, batch, at)
+            x = self._one_hots(roles.entry, entry_sizes, self.order_in, *hot)
+            with torch.no_grad():
+                y = run(x) - run(torch.zeros_like(x))
+            flat = self._canonical(y, roles.exit, exit_sizes, self.order_out, roles.fresh, batch)
+            self._put(kernel[:, :, start:stop], flat[torch.arange(n)].permute(1, 2, 0, *self._last), at, taps)
 
     def _rows(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
         roles, n = self.roles, stop - start
-        shape, at, exit_sizes, entry_sizes = self._interior(batch)
+        entry_sizes, exit_sizes = self._probe_sizes()
+        shape = [prod(self._sizes(entry_sizes, batch, dim)) for dim in roles.entry]
         run = self.region.runner(batch)
         x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
         y = run(x)
-        seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
-        (grad,) = torch.autograd.grad(y, x, seeds)
-        flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)[
-            torch.arange(n)
-        ]
-        for axis, (w, p) in enumerate(zip(self.windows, at, strict=True)):
-            taps = torch.arange(w.taps) * max(w.step, 1) + w.s * p + w.lo
-            flat = flat.index_select(3 + axis, taps)
-        kernel[:, start:stop] = flat.transpose(0, 1)
+        for at, taps in self._looks(entry_sizes, exit_sizes):
+            seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
+            (grad,) = torch.autograd.grad(y, x, seeds, retain_graph=True)
+            flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)
+            self._put(kernel[:, start:stop], flat[torch.arange(n)].transpose(0, 1), at, taps)
 
-    def _interior(self, batch: int) -> tuple[list[int], tuple[int, ...], dict[int, int], dict[int, int]]:
-        """Entry shape, an output position with its window inside, and the label sizes at that shape.
+    @property
+    def _last(self) -> range:
+        return range(3, 3 + len(self.windows))
 
-        Where nothing bakes the sizes in, the entry is only as large as that one window needs.
-        """
+    def _put(self, kernel: torch.Tensor, found: torch.Tensor, at: tuple[int, ...], taps: Taps) -> None:
+        """Write what one look met of the taps."""
+        where: list[Any] = [slice(None)] * 3
+        for axis, (w, p, met) in enumerate(zip(self.windows, at, taps, strict=True)):
+            found = found.index_select(3 + axis, torch.tensor([w.s * p + w.offset(tap) for tap in met]))
+            where.append(torch.tensor(met).reshape([-1 if i == axis else 1 for i in range(len(taps))]))
+        kernel[tuple(where)] = found
+
+    def _looks(
+        self, entry_sizes: dict[int, int], exit_sizes: dict[int, int]
+    ) -> Iterator[tuple[tuple[int, ...], Taps]]:
+        """The window positions to look at, and the taps to take from each."""
+        actual = self.region.scope.actual
+        sizes = ((actual(entry_sizes[a], 1), actual(exit_sizes[a], 1)) for a in self.roles.windowed)
+        each = [w.sightings(*size) for w, size in zip(self.windows, sizes, strict=True)]
+        for look in product(*each):
+            yield tuple(p for p, _ in look), tuple(taps for _, taps in look)
+
+    def _probe_sizes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Label sizes of the entry and the exit, where nothing bakes them in only as large as is needed."""
         roles, scope = self.roles, self.region.scope
         entry_sizes, exit_sizes = dict(roles.entry_sizes), dict(roles.exit_sizes)
-        at = tuple(interior(w) for w in self.windows)
-        if not roles.axes.pinned:
-            for label, p, w in zip(roles.windowed, at, self.windows, strict=True):
-                entry_sizes[label] = w.s * p + w.hi + 1
-        shape = [prod(scope.actual(entry_sizes[a], batch) for a in dim) for dim in roles.entry]
-        if not roles.axes.pinned and self.windows:
-            small = [prod(scope.actual(entry_sizes[a], 1) for a in dim) for dim in roles.entry]
-            with torch.no_grad():
-                probe = self.region.runner(1)(torch.zeros(small, dtype=torch.float64))
-            for dim, size in zip(roles.exit, probe.shape, strict=True):
-                if len(dim) == 1 and dim[0] in roles.windowed:
-                    exit_sizes[dim[0]] = size
-        return shape, at, exit_sizes, entry_sizes
+        if roles.axes.pinned or not self.windows:
+            return entry_sizes, exit_sizes
+        for label, w in zip(roles.windowed, self.windows, strict=True):
+            if w.base != 1:  # a single position may stand for a dimension that the entry does not have
+                entry_sizes[label] = w.probe_size()
+        small = [prod(scope.actual(entry_sizes[a], 1) for a in dim) for dim in roles.entry]
+        with torch.no_grad():
+            value = self.region.runner(1)(torch.zeros(small, dtype=torch.float64))
+        for dim, size in zip(roles.exit, value.shape, strict=True):
+            if len(dim) == 1 and dim[0] in roles.windowed:
+                exit_sizes[dim[0]] = size
+        return entry_sizes, exit_sizes
 
     def _one_hots(
         self,

@@ -12,7 +12,17 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.coefficients import Coefficients
-from graphsurgery.affine.program import Conv, Linear, Pad, Permute, Reshape, Scale, Shift, Step
+from graphsurgery.affine.program import (
+    Conv,
+    ConvTranspose,
+    Linear,
+    Pad,
+    Permute,
+    Reshape,
+    Scale,
+    Shift,
+    Step,
+)
 from graphsurgery.affine.region import Region, is_heavy
 from graphsurgery.cost import op_name
 from graphsurgery.graph import annotate, fake_mode, fresh_attr, get_attr_value, module_path, set_attr
@@ -20,6 +30,11 @@ from graphsurgery.values import tensor_meta
 
 aten = torch.ops.aten
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_TRANSPOSED = (
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
 _NAMED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 
 
@@ -38,15 +53,19 @@ class Emitted:
 
 def resembled(region: Region, kind: str) -> fx.Node:
     """The member that a folded layer takes its name from: same kind, most parameters, last among equals."""
-    family = "conv" if kind.startswith("conv") else "linear"
+    family = _family(kind)
 
     def rank(node: fx.Node) -> tuple[bool, bool, int]:
-        name = op_name(node)
-        same = name.startswith("conv") if family == "conv" else is_heavy(node) and not name.startswith("conv")
+        same = is_heavy(node) and _family(op_name(node)) == family
         weights = (prod(region.scope.shape(o)) for o in node.all_input_nodes if o in region.scope.constant)
         return (same, is_heavy(node), max(weights, default=0))
 
-    return max(reversed(region.nodes), key=rank)
+    return max((node for node in reversed(region.nodes) if node not in region.shared), key=rank)
+
+
+def _family(name: str) -> str:
+    """The family of layers that a form or a heavy op belongs to."""
+    return next((family for family in ("conv_transpose", "conv") if name.startswith(family)), "linear")
 
 
 def emit(region: Region, filled: Coefficients) -> Emitted:
@@ -179,6 +198,12 @@ def _call(
             options = (list(step.stride), padding, list(step.dilation), step.groups)
             bias_node = attributes["bias"] if step.bias else None
             return (_NAMED if named else _CONVS)[rank], (x, attributes["weight"], bias_node, *options)
+        case ConvTranspose():
+            bias_node = attributes["bias"] if step.bias else None
+            before = (list(step.stride), list(step.padding), list(step.output_padding))
+            rank = len(step.kernel) - 1
+            args = (x, attributes["weight"], bias_node, *before, step.groups, list(step.dilation))
+            return _TRANSPOSED[rank], args
         case Scale(_):
             return aten.mul.Tensor, (x, attributes["scale"])
         case Shift(_, slot):

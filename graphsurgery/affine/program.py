@@ -66,6 +66,22 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class ConvTranspose:
+    """A transposed convolution; slots `weight` (in, out/groups, *kernel) and `bias` (out)."""
+
+    bias: bool
+    kernel: Shape
+    stride: Shape
+    padding: Shape
+    output_padding: Shape
+    dilation: Shape
+    groups: int
+    features: int  # output channels per group
+    into: Shape  # shape that it reads
+    out: Shape
+
+
+@dataclass(frozen=True)
 class Scale:
     """Multiplication by slot `scale`, which broadcasts."""
 
@@ -80,8 +96,9 @@ class Shift:
     slot: str = "shift"
 
 
-Step = Reshape | Permute | Pad | Linear | Conv | Scale | Shift
+Step = Reshape | Permute | Pad | Linear | Conv | ConvTranspose | Scale | Shift
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def run(
@@ -115,6 +132,17 @@ def run(
                     step.dilation,
                     step.groups,
                 )
+            case ConvTranspose():
+                x = _TRANSPOSED[len(step.kernel) - 1](
+                    x,
+                    slots["weight"],
+                    slots["bias"] if step.bias else None,
+                    step.stride,
+                    step.padding,
+                    step.output_padding,
+                    step.groups,
+                    step.dilation,
+                )
             case Scale(_):
                 x = x * slots["scale"]
             case Shift(_, slot):
@@ -136,6 +164,9 @@ def cost(steps: Sequence[Step], slots: Mapping[str, Shape], per_sample: Callable
                 total += Cost(macs=out * step.features, nodes=1)
             case Conv():
                 total += Cost(macs=out * step.features * prod(step.kernel), nodes=1)
+            case ConvTranspose():  # each element read meets out/groups * kernel weights
+                read = prod(per_sample(size) for size in step.into)
+                total += Cost(macs=read * step.features * prod(step.kernel), nodes=1)
             case Scale() | Shift():
                 total += Cost(elementwise=out, nodes=1)
     return total
@@ -149,6 +180,10 @@ def moves(source: Layout, target: Layout, sizes: Mapping[int, int]) -> tuple[Ste
         target: the same labels in another order or grouping.
         sizes: the size of each label.
     """
+    # A label of size one may lie anywhere.
+    source, target = (
+        tuple(tuple(a for a in dim if sizes[a] != 1) for dim in layout) for layout in (source, target)
+    )
     flat, wanted = [a for dim in source for a in dim], [a for dim in target for a in dim]
     shape_in, shape_out = _shape(source, sizes), _shape(target, sizes)
     if flat == wanted:

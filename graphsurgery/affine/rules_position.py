@@ -1,10 +1,11 @@
-"""Rules for ops that read positions: convolutions, average pools and means over axes."""
+"""Rules for ops that read positions: convolutions, transposed ones, average pools and means over axes."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 
-from graphsurgery.affine.atoms import Atom, Axes, NoFold, Window
+from graphsurgery.affine.atoms import Atom, Axes, NoFold, Window, size_of
 from graphsurgery.affine.rules import Step, ints, normal, pinned, rule
 from graphsurgery.affine.rules_linear import fresh
 
@@ -41,38 +42,115 @@ def _pads(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -
     return [(n, n) for n in ints(padding, len(kernel), 0)]
 
 
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(step: Step) -> Axes:
+    """A transposed convolution over the last dimensions of (N, C, *positions)."""
+    weight = step.argument(1, "weight")
+    if step.argument(0, "input") is not step.live:
+        raise NoFold("not-affine", "the weight of the convolution is not constant")
+    shape = step.shape(weight)  # (in, out/groups, *kernel)
+    kernel, rank = shape[2:], len(shape) - 2
+    if len(step.axes.dims) != rank + 2:
+        raise NoFold("unsupported", "a convolution without a batch dimension is not followed")
+    stride = ints(step.argument(3, "stride"), rank, 1)
+    padding = ints(step.argument(4, "padding"), rank, 0)
+    extra = ints(step.argument(5, "output_padding"), rank, 0)
+    groups = int(step.argument(6, "groups", 1))
+    dilation = ints(step.argument(7, "dilation"), rank, 1)
+    axes = step.axes
+    for i in range(rank):
+        lo = -padding[i]
+        hi = dilation[i] * (kernel[i] - 1) + lo
+        writes = (stride[i], lo, hi, dilation[i])
+        axes = spread(axes, 2 + i, step.shape()[2 + i], writes, hi + lo + extra[i])
+    axes = _channels(axes, groups, shape[1] * groups)
+    return replace(axes, shifted=axes.shifted or step.argument(2, "bias") is not None, scaled=True)
+
+
 def _channels(axes: Axes, groups: int, out: int) -> Axes:
     """The channel dimension of a (grouped) convolution."""
-    if groups == 1:
-        return axes.consume(axes.dims[1]).with_dim(1, fresh(out))
     lead, rest = _leading(axes.dims[1], groups)
-    if lead is None or any(atom.fresh or atom.window is not None for atom in lead):
-        # Groups of features made inside of the region leave no structure: all are mixed.
-        return axes.consume(axes.dims[1]).with_dim(1, fresh(out))
     for atom in lead:
         if axes.symbolic(atom):
             raise NoFold("batch-varied", "its groups lie along an axis of symbolic size")
     varied = tuple(atom._replace(varied=True) for atom in lead)
-    return axes.consume(rest).with_dim(1, varied + fresh(out // groups))
+    return axes.consume(rest).with_dim(1, varied + fresh(out // size_of(lead)))
 
 
-def _leading(dim: tuple[Atom, ...], groups: int) -> tuple[tuple[Atom, ...] | None, tuple[Atom, ...]]:
-    """The leading atoms that make up `groups`, and the rest; None where they do not factor."""
+def _leading(dim: tuple[Atom, ...], groups: int) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:
+    """The leading carried atoms along which `groups` blocks stay apart, and the rest.
+
+    Where sizes do not factor, or groups of features made inside of the region follow, coarser blocks do.
+    """
     lead: list[Atom] = []
     need, queue = groups, list(dim)
-    while need != 1:
+    while queue and queue[0].carried:
+        common = gcd(need, queue[0].size)
+        if common == 1:
+            break
         atom = queue.pop(0)
-        if need % atom.size == 0:
-            lead.append(atom)
-            need //= atom.size
-        elif atom.size % need == 0 and atom.window is None:
-            major, minor = atom.split(need)
-            lead.append(major)
+        whole = atom.size == common
+        if not whole:
+            atom, minor = atom.split(common)
             queue.insert(0, minor)
-            need = 1
-        else:
-            return None, dim
+        lead.append(atom)
+        need //= common
+        if not whole:
+            break
     return tuple(lead), tuple(queue)
+
+
+def spread(axes: Axes, index: int, out: int, writes: tuple[int, int, int, int], tail: int) -> Axes:
+    """One dimension written through a transposed window; what falls outside of the output is lost.
+
+    Args:
+        axes: the axes so far.
+        index: the dimension.
+        out: its number of positions afterwards.
+        writes: `(stride, lo, hi, step)`: position p writes `stride * p + lo ... stride * p + hi` every
+            `step`.
+        tail: positions of the output behind `stride * (positions - 1)`.
+
+    Raises:
+        NoFold: an axis of symbolic size would have to be mixed.
+    """
+    s, lo, hi, step = writes
+    if (s, lo, hi, tail) == (1, 0, 0, 0):
+        return axes
+    step = step if hi != lo else 0
+    dim = axes.dims[index]
+    if hi < 0 or tail < lo:  # what is left of a crop depends on the size, so that the real one is needed
+        axes = pinned(axes)
+    # How many taps an output position has differs between positions, but for a window of stride 1 inside.
+    outside = s != 1 or hi > 0 or tail > lo
+    if not dim:
+        if out == 1:
+            return axes
+        dim = (_single(axes, index),)
+    if len(dim) > 1 or dim[0].fresh or (dim[0].carried and dim[0].varied):
+        cause = "a transposed convolution runs over an axis that is already mixed or scaled"
+        return axes.mix(index, out, ("structure", cause))
+    atom = dim[0]
+    inner = atom.window
+    if inner is None:
+        through = Window(atom.size, s, lo, hi, step, outside, True, tail)
+    elif inner.transposed and inner.complete:
+        through = inner.spread(s, lo, hi, step, tail)
+    elif s == 1:
+        return window(axes, index, out, (1, -hi, -lo, step), (hi, tail - lo))
+    else:
+        cause = "a transposed convolution with strides runs over positions that were read through windows"
+        return axes.mix(index, out, ("transposed", cause))
+    uneven = atom.uneven or (axes.shifted and outside)
+    if atom.uneven:  # a constant that differs along it fixes its size
+        axes = pinned(axes)
+    return axes.with_dim(index, (Atom(out, atom.axis, atom.stride, False, uneven, through),))
+
+
+def _single(axes: Axes, index: int) -> Atom:
+    """A digit of size one for a dimension of a single position, which no atom stands for."""
+    taken = {digit.axis for digit in axes.entry_digits()}
+    return Atom(1, index if index not in taken else max(taken) + 1)
 
 
 def window(axes: Axes, index: int, out: int, reads: tuple[int, int, int, int], pads: tuple[int, int]) -> Axes:
@@ -112,6 +190,9 @@ def window(axes: Axes, index: int, out: int, reads: tuple[int, int, int, int], p
     inner = atom.window
     if inner is None:
         through = Window(atom.size, s, lo, hi, step, outside)
+    elif (inner := inner.ordinary()) is None:
+        cause = "a window runs over positions that a transposed convolution with strides wrote"
+        return axes.mix(index, out, ("transposed", cause))
     else:
         low = lo < 0 and inner.hi - inner.s >= 0
         high = outside and (
