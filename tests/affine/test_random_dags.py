@@ -108,8 +108,6 @@ def check_fold(case: Case) -> PassResult:
         assert score(result.graph_module) < score(case.gm)
     else:
         assert structural_hash(result.graph_module) == before
-    again = FoldAffine().run(result.graph_module)
-    assert not again.changes, f"a second run found {[change.kind for change in again.changes]}"
     return result
 
 
@@ -125,31 +123,74 @@ def check_optimize(case: Case) -> None:
         assert torch.equal(tensor_bytes(value), bits)
 
 
-def run_folds(examples: int) -> Counter[str]:
-    """Fold many networks and count what came of it."""
-    seen: Counter[str] = Counter()
+@dataclass
+class Found:
+    """What came of folding many networks.
+
+    Attributes:
+        seen: how many there were, how many folded, and so on.
+        again: programs in which a second run found something, by their length.
+    """
+
+    seen: Counter[str]
+    again: dict[int, str]
+
+
+def run_folds(examples: int) -> Found:
+    """Fold many networks; only that a second run found something is put down instead of raised."""
+    found = Found(Counter(), {})
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(SEEDS, SIZES)
     def every_network(seed: int, size: int) -> None:
         case = case_of(seed, size)
         result = check_fold(case)
-        if seen["networks"] % 4 == 0:
+        if found.seen["networks"] % 4 == 0:
             check_optimize(case)
-        seen["networks"] += 1
-        seen["folded"] += bool(result.changes)
-        seen["outputs"] += len(case.model.outputs)
-        seen["any batch"] += capture_info(case.gm).dynamic_batch
+        again = FoldAffine().run(result.graph_module)
+        if again.changes:
+            kinds = ", ".join(change.kind for change in again.changes)
+            found.again[len(case.model.steps)] = f"seed {seed}, size {size}: {kinds}\n{case.model.describe()}"
+        found.seen["networks"] += 1
+        found.seen["folded"] += bool(result.changes)
+        found.seen["outputs"] += len(case.model.outputs)
+        found.seen["any batch"] += capture_info(case.gm).dynamic_batch
 
     every_network()
-    return seen
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return run_folds(200)
+
+
+@pytest.fixture(scope="module")
+def found_in_many() -> Found:
+    return run_folds(2500)
+
+
+def check_reach(seen: Counter[str]) -> None:
+    """The search means something only if it folds. Found: 0.545 of 200, all with a free batch."""
+    assert seen["folded"] >= 0.45 * seen["networks"], seen
+    assert seen["any batch"] >= 0.95 * seen["networks"], seen
+    assert seen["outputs"] >= 1.1 * seen["networks"], seen
+
+
+def check_again(found: Found) -> None:
+    if found.again:
+        count = len(found.again)
+        shortest = found.again[min(found.again)]
+        pytest.fail(
+            f"a second run found something, in networks of {count} lengths, the shortest is {shortest}"
+        )
 
 
 def test_programs_reach_what_they_are_meant_to_reach() -> None:
     programs = [random_dag(seed, 1 + seed % 6)[0] for seed in range(150)]
     written = "\n".join(program.describe() for program in programs)
     wanted = ["cat(", "stack(", ".chunk(", ".split(", "::2]", ".select(", "keepdim", ".expand(", "alpha=2"]
-    wanted += ["tied to", "softmax", "relu", "pad(", "permute(", "Linear", "MatMul", "AvgPool2d", "BatchNorm"]
+    wanted += ["tied to", "softmax", "relu", "pad(", "permute(", "Linear", "MatMul", "AvgPool", "BatchNorm"]
     wanted += ["Conv1d", "Conv2d", "Conv3d", "dilation=(2, 2)", "kernel_size=(5, 5)", "groups="]
     assert not [text for text in wanted if text not in written]
     shared = [p for p in programs if len(p.layers) < sum(isinstance(s.call, nn.Module) for s in p.steps)]
@@ -158,19 +199,25 @@ def test_programs_reach_what_they_are_meant_to_reach() -> None:
 
 
 @pytest.mark.slow
-def test_random_dags_keep_their_function_and_never_cost_more() -> None:
-    seen = run_folds(200)
-    # The search means something only if it folds: measured bounds, a little below what was found.
-    assert seen["networks"] >= 150
-    assert seen["folded"] >= 0.3 * seen["networks"], seen
-    assert seen["any batch"] >= 0.95 * seen["networks"], seen
-    assert seen["outputs"] >= 1.1 * seen["networks"], seen
+def test_random_dags_keep_their_function_and_never_cost_more(found: Found) -> None:
+    assert found.seen["networks"] >= 150
+    check_reach(found.seen)
+
+
+@pytest.mark.slow
+def test_a_second_run_finds_nothing_in_random_dags(found: Found) -> None:
+    check_again(found)
 
 
 @pytest.mark.sweep
-def test_many_random_dags() -> None:
-    seen = run_folds(2500)
-    assert seen["folded"] >= 0.3 * seen["networks"], seen
+def test_many_random_dags_keep_their_function(found_in_many: Found) -> None:
+    assert found_in_many.seen["networks"] >= 2000
+    check_reach(found_in_many.seen)
+
+
+@pytest.mark.sweep
+def test_a_second_run_finds_nothing_in_many_random_dags(found_in_many: Found) -> None:
+    check_again(found_in_many)
 
 
 # -- a wrong fold -------------------------------------------------------------------------------------------
