@@ -204,6 +204,26 @@ def test_one_wrong_coefficient_before_such_a_norm_is_not_accepted() -> None:
     assert not gs.verify(model, module, (x,)).ok
 
 
+def test_branches_stacked_along_a_new_axis_and_pooled_over_it() -> None:
+    """The pool sums three branches, which one conv can stand for; one run must find all there is."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        return m.pool(torch.stack([m.b(m.a(x)), m.d(m.c(x)), m.e(x)], 3))
+
+    def build() -> nn.Module:
+        return Of(
+            function,
+            a=nn.Conv2d(4, 4, 1),
+            b=nn.Conv2d(4, 4, 3, padding=1),
+            c=nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            d=nn.Conv2d(4, 4, 1),
+            e=nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False),
+            pool=nn.AvgPool3d(3, 1),
+        )
+
+    fold(seeded(build), torch.randn(2, 4, 5, 6))
+
+
 def test_a_view_with_the_batch_behind_other_axes() -> None:
     """(C, N, L) from (N, C, L), flattened to rows of one channel each."""
 

@@ -129,6 +129,17 @@ def test_a_norm_without_shift_before_a_padded_conv_is_folded() -> None:
     assert layers(result)[-1] == "conv2d"
 
 
+def test_a_norm_added_to_its_input_before_a_linear_over_columns() -> None:
+    """Scale and shift are per channel, the Linear's features are columns: one run must find all there is."""
+    model = seeded(
+        lambda: Of(
+            lambda m, x: m.fc(x + 2 * m.norm(x)), norm=nn.BatchNorm2d(3), fc=nn.Linear(4, 1, bias=False)
+        )
+    )
+    result = fold(model, torch.randn(2, 3, 6, 4))
+    assert layers(result) == ["linear"]
+
+
 @pytest.mark.parametrize("positive", [True, False], ids=["all-positive", "some-negative"])
 def test_a_norm_between_relu_and_max_pool(positive: bool) -> None:
     """A scale that is negative turns the maximum into a minimum: the norm may not pass the pool."""

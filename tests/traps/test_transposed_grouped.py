@@ -62,6 +62,19 @@ def test_a_transposed_conv_whose_border_reads_less(groups: int) -> None:
     assert len(layers(result)) == 1
 
 
+@pytest.mark.parametrize("groups", [1, 2], ids=["dense", "grouped"])
+def test_a_transposed_conv_that_leaves_one_column(groups: int) -> None:
+    """Padding takes away all but one position; the sum of the value with itself calls for probing."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(2, 4, (4, 3), (2, 1), (0, 2), groups=groups, bias=False),
+            Call(lambda y: 1.5 * (y + y)),
+        )
+    )
+    result = fold(model, torch.randn(2, 2, 4, 3))
+    assert ops(result) == ["conv_transpose2d"]
+
+
 def test_a_transposed_conv_before_a_1x1() -> None:
     model = seeded(lambda: nn.Sequential(nn.ConvTranspose2d(3, 24, 2, stride=2), nn.Conv2d(24, 2, 1)))
     result = fold(model, torch.randn(2, 3, 4, 5))
