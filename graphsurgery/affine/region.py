@@ -152,6 +152,10 @@ class Scope:
             )
         return self._tallies[node]
 
+    def count_as(self, node: fx.Node, tally: Tally) -> None:
+        """Count a call as something else than its op says: a part of another call."""
+        self._tallies[node] = tally
+
     def params(self, nodes: Sequence[fx.Node]) -> tuple[int, bool]:
         """Numbers in the tensors that only the given calls read, and whether they read others too."""
         inside = set(nodes)
