@@ -26,7 +26,7 @@ from graphsurgery.affine.outlook import Declined, outlook
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.search import Fold, Search
 from graphsurgery.affine.write import write
-from graphsurgery.cost import op_name
+from graphsurgery.cost import CostModel, cost_model, op_name
 from graphsurgery.graph import copy_graph_module, delete_unused_attrs
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 
@@ -39,10 +39,13 @@ class FoldAffine(Pass):
         max_param_growth: how many times the parameters of what it replaces a form may have, where it saves
             heavy multiplications.
         memory_budget: bytes that one chunk of probes may take.
+        cost: what is cheaper than what; "flops" or a `graphsurgery.cost.CostModel`. Whatever it says, heavy
+            multiplications never rise.
     """
 
     max_param_growth: float = DEFAULT_PARAM_GROWTH
     memory_budget: int = DEFAULT_BUDGET
+    cost: str | CostModel = "flops"
 
     name: ClassVar[str] = "fold-affine"
     summary: ClassVar[str] = (
@@ -52,7 +55,8 @@ class FoldAffine(Pass):
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Fold what pays in a copy of `gm`; say why the rest stays."""
         work = copy_graph_module(gm)
-        scope = Scope(work)
+        model = cost_model(self.cost)
+        scope = Scope(work, model)
         changes: list[Change] = []
         refusals: list[Refusal] = []
         search = Search(scope, self.max_param_growth)
@@ -63,7 +67,7 @@ class FoldAffine(Pass):
             delete_unused_attrs(work)
             work.graph.lint()
             work.recompile()
-        left = Scope(work) if changes else scope
+        left = Scope(work, model) if changes else scope
         refusals.extend(self._refusal(declined) for declined in outlook(left, self.max_param_growth))
         return PassResult(work if changes else gm, tuple(changes), tuple(refusals))
 
