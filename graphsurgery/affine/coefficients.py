@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from graphsurgery.affine.atoms import Atom, Window
-from graphsurgery.affine.closed import closed_form, permuted_kernel
+from graphsurgery.affine.closed import closed_form
 from graphsurgery.affine.forms import Form, Roles
+from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
 
@@ -53,10 +54,12 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
         budget: bytes that a chunk of probes may take.
 
     """
+    roles = Roles(form.axes, len(region.scope.shape(region.entry)))
     closed = closed_form(region, form)
     if closed is not None:
+        if "shift" in form.slots:
+            closed.update(_shift(region, roles, form))
         return Coefficients(form, closed, "closed")
-    roles = Roles(form.axes, len(region.scope.shape(region.entry)))
     slots: dict[str, torch.Tensor] = {}
     method = "closed"
     if "weight" in form.slots or "scale" in form.slots:

@@ -110,9 +110,12 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
             value_node.meta["val"] = region.exit.meta["val"]
         nodes.append(value_node)
     region.exit.replace_all_uses_with(value_node)
-    for node in (*reversed(region.nodes), *dying):
-        if not node.users:
-            graph.erase_node(node)
+    left = [*reversed(region.nodes), *dying]
+    while dead := [node for node in left if not node.users]:
+        for node in dead:
+            if not node.users:
+                graph.erase_node(node)
+        left = [node for node in left if node not in dead]
     return Emitted(tuple(nodes), tuple(written))
 
 

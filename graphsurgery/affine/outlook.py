@@ -1,30 +1,57 @@
-"""Why what is left is left: norms with no layer to fold into, values read twice, parallel branches."""
+"""Why what is left is left: layers that stay apart, branches that stay parallel, norms without a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import fx
 
 from graphsurgery.affine import rules
-from graphsurgery.affine.region import Scope, is_heavy
-from graphsurgery.affine.search import Declined, is_member
-from graphsurgery.cost import op_name
+from graphsurgery.affine.atoms import NoFold
+from graphsurgery.affine.choice import objection, options
+from graphsurgery.affine.region import Region, Scope, is_heavy
+from graphsurgery.affine.search import is_entry
+from graphsurgery.cost import Cost, op_name
 from graphsurgery.graph import module_path
 from graphsurgery.values import is_tensor
 
-_JOINS = frozenset({"add", "sub", "cat"})
+
+@dataclass(frozen=True)
+class Declined:
+    """Calls that stay apart, and why.
+
+    Attributes:
+        nodes: the calls concerned.
+        code: stable code of the reason.
+        reason: one sentence.
+        before: cost as it is, where cost was the question.
+        after: cost of the best form, where there is one.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    code: str
+    reason: str
+    before: Cost | None = None
+    after: Cost | None = None
 
 
-def outlook(scope: Scope) -> Iterator[Declined]:
-    """Findings about the calls of a folded graph that no chain speaks of."""
+def outlook(scope: Scope, growth: float) -> Iterator[Declined]:
+    """Why layers of a folded graph stay apart, and norms stay.
+
+    Args:
+        scope: the graph after folding.
+        growth: how many times the parameters a form may have.
+    """
     for node in scope.gm.graph.nodes:
-        if node.op != "call_function" or node in scope.constant:
+        if node.op != "call_function" or node in scope.constant or not is_tensor(node):
             continue
+        if is_layer(node) and is_member(scope, node):
+            yield from _pair(scope, node, growth)
         if op_name(node) == "batch_norm":
             yield from _norm(scope, node)
-        elif op_name(node) in _JOINS:
-            yield from _branches(scope, node)
+        elif len(_joined(scope, node)) > 1 and rules.has_rule(node, 2):
+            yield from _branches(scope, node, growth)
 
 
 def _norm(scope: Scope, node: fx.Node) -> Iterator[Declined]:
@@ -80,50 +107,94 @@ def _towards_exit(scope: Scope, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _branches(scope: Scope, node: fx.Node) -> Iterator[Declined]:
-    """A sum or concatenation whose operands all come from one value by affine calls."""
-    live = _joined(scope, node)
-    if len(live) < 2:
-        return
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is not None and op_name(reader) in _JOINS and len(_joined(scope, reader)) > 1:
+def _pair(scope: Scope, node: fx.Node, growth: float) -> Iterator[Declined]:
+    """Two neighbouring layers of a straight line that stay apart."""
+    before = rules.live_operand(node, scope.constant)
+    while before is not None and is_member(scope, before) and len(before.users) == 1:
+        if is_layer(before):
+            entry = rules.live_operand(before, scope.constant)
+            if entry is not None:
+                yield from _declined(scope, entry, node, (before, node), growth)
+            return
+        before = rules.live_operand(before, scope.constant)
+
+
+def _branches(scope: Scope, node: fx.Node, growth: float) -> Iterator[Declined]:
+    """A sum or concatenation whose operands all come from one value by affine calls, layers among them."""
+    readers = list(node.users)
+    if len(readers) == 1 and len(_joined(scope, readers[0])) > 1 and rules.has_rule(readers[0], 2):
         return  # a longer sum: its last call speaks for all of it
-    lines = [_affine_line(scope, operand) for operand in live]
-    common = set(lines[0]).intersection(*lines[1:])
-    layers = [n for line in lines for n in line if is_heavy(n) and not set(line) <= common]
-    if not common or not any(is_heavy(n) for n in layers):
+    entry = nearest_cut(scope, node)
+    if entry is None:
         return
-    entry = next(n for n in lines[0] if n in common)
-    inner = [n for line in lines for n in line[: line.index(entry)]]
-    if not any(is_heavy(n) for n in inner):
+    inner = scope.between(entry, node)
+    layers = [member for member in inner if is_heavy(member)]
+    if not layers:
         return
-    names = ", ".join(dict.fromkeys(_called(n) for n in inner if is_heavy(n)))
-    yield Declined(
-        (*dict.fromkeys(n for n in inner if is_heavy(n)), node),
-        "branches",
-        f"parallel branches from {_called(entry)} ({names}) meet in {_called(node)}: branches are not merged",
-    )
+    outside = next((n for n in inner[:-1] if any(user not in inner for user in n.users)), None)
+    if outside is not None:
+        reason = f"the value of {_called(outside)} between the branches is read elsewhere too"
+        yield Declined((*layers, node), "several-users", reason)
+        return
+    yield from _declined(scope, entry, node, (*layers, node), growth)
+
+
+def _declined(
+    scope: Scope, entry: fx.Node, node: fx.Node, layers: tuple[fx.Node, ...], growth: float
+) -> Iterator[Declined]:
+    """Why a region is not one layer, if it is not."""
+    try:
+        if not is_entry(scope, entry) or any(0 in scope.shape(n) for n in layers):
+            raise NoFold("empty", "it works on a tensor without elements")
+        region = Region(scope, entry, node, scope.axes(entry, node))
+        option = options(region)[0]
+    except NoFold as refusal:
+        yield Declined(layers, refusal.code, refusal.reason)
+        return
+    reason = objection(region, option, growth)
+    if reason is None:
+        return
+    code, cause = _cause(region)
+    yield Declined(layers, code, f"{cause}; {reason}" if cause else reason, region.tally.cost, option.cost)
+
+
+def _cause(region: Region) -> tuple[str, str]:
+    """What lies behind a form that does not pay."""
+    if region.axes.causes:
+        return region.axes.causes[-1]
+    if region.tally.shares:
+        return "shared-weights", "some of the weights are read by other calls too and would stay"
+    return "costs-more", ""
+
+
+def nearest_cut(scope: Scope, node: fx.Node) -> fx.Node | None:
+    """The last value through which every affine path to a call runs; None where they do not meet."""
+    frontier = set(rules.live_operands(node, scope.constant))
+    while len(frontier) > 1:
+        last = max(frontier, key=scope.position)
+        frontier.discard(last)
+        operands = rules.live_operands(last, scope.constant)
+        if not operands or not rules.has_rule(last, len(operands)):
+            return None
+        frontier.update(operands)
+    return next(iter(frontier), None)
 
 
 def _joined(scope: Scope, node: fx.Node) -> list[fx.Node]:
-    return [o for o in node.all_input_nodes if o not in scope.constant and is_tensor(o)]
+    return rules.live_operands(node, scope.constant)
 
 
-def _affine_line(scope: Scope, node: fx.Node) -> list[fx.Node]:
-    """A value and all values before it along affine calls; through sums it follows every operand."""
-    line, queue = [], [node]
-    while queue:
-        current = queue.pop(0)
-        if current in line:
-            continue
-        line.append(current)
-        if is_member(scope, current):
-            operand = rules.live_operand(current, scope.constant)
-            if operand is not None:
-                queue.append(operand)
-        elif op_name(current) in _JOINS:
-            queue.extend(o for o in current.all_input_nodes if o not in scope.constant and is_tensor(o))
-    return line
+def is_member(scope: Scope, node: fx.Node) -> bool:
+    """Whether a call is affine in exactly one live operand, as far as its op says."""
+    if node in scope.constant or not rules.has_rule(node):
+        return False
+    return rules.live_operand(node, scope.constant) is not None
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether a call is a layer of its own: it multiplies by weights, normalises, scales or pools."""
+    name = op_name(node)
+    return is_heavy(node) or name in ("batch_norm", "mul", "div", "add", "sub", "rsub") or "pool" in name
 
 
 def _called(node: fx.Node) -> str:

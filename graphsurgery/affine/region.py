@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes
 from graphsurgery.cost import Cost, kind_of, node_cost, op_name
 from graphsurgery.graph import get_attr_value
@@ -79,6 +80,7 @@ class Scope:
         self.constant = constant_nodes(gm.graph)
         self.primes = tuple(self.sizes.primes)
         self._readers = self._read_by()
+        self._order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self._tallies: dict[fx.Node, Tally] = {}
         self.memory: dict[Any, Any] = {}
 
@@ -89,6 +91,36 @@ class Scope:
     def actual(self, size: int, batch: int) -> int:
         """A size written with primes, at a real batch size; other symbols as in the example."""
         return self.sizes.actual(size, batch)
+
+    def between(self, entry: fx.Node, exit_: fx.Node) -> tuple[fx.Node, ...]:
+        """All calls on the way from a value to a call, the call included, in graph order."""
+        found = {exit_}
+        stack = [exit_]
+        while stack:
+            for operand in rules.live_operands(stack.pop(), self.constant):
+                if operand is not entry and operand not in found:
+                    found.add(operand)
+                    stack.append(operand)
+        return tuple(sorted(found, key=self._order.__getitem__))
+
+    def position(self, node: fx.Node) -> int:
+        """Where a node stands in the graph."""
+        return self._order[node]
+
+    def entry_axes(self, entry: fx.Node) -> Axes:
+        """The axes of an entry to itself."""
+        return Axes.entry(self.shape(entry), self.primes)
+
+    def axes(self, entry: fx.Node, exit_: fx.Node) -> Axes:
+        """What the calls between an entry and a call do to the axes of the entry.
+
+        Raises:
+            NoFold: they are not affine as a whole.
+        """
+        known = {entry: self.entry_axes(entry)}
+        for node in self.between(entry, exit_):
+            known[node] = rules.follow(node, known.__getitem__, self.constant, self.sizes)
+        return known[exit_]
 
     def _read_by(self) -> dict[int, set[fx.Node]]:
         """For each parameter or buffer, by identity, the calls that compute from it."""
@@ -158,8 +190,7 @@ class Scope:
                 values[node] = None
                 needed.append(node)
                 stack.extend(node.all_input_nodes)
-        order = {node: i for i, node in enumerate(self.gm.graph.nodes)} if len(needed) > 1 else {}
-        for node in sorted(needed, key=lambda n: order.get(n, 0)):
+        for node in sorted(needed, key=self._order.__getitem__):
             if node.op == "get_attr":
                 value: Any = get_attr_value(self.gm, str(node.target)).detach()
                 values[node] = _wide(value)
@@ -174,29 +205,26 @@ class Scope:
 
 @dataclass(frozen=True)
 class Region:
-    """Calls in topological order, each affine in the one live entry.
+    """All calls between one live value and one call, each affine in what it reads of them.
 
     Attributes:
         scope: the graph.
-        nodes: its calls; the last one is the exit.
+        entry: the live value that it reads.
+        exit: the call whose value leaves it.
         axes: what it does to the axes of the entry.
-        summed: the sum of its calls' tallies, where the caller has it.
+        summed: the sum of the tallies of the calls that die with it, where the caller has it.
     """
 
     scope: Scope
-    nodes: tuple[fx.Node, ...]
+    entry: fx.Node
+    exit: fx.Node
     axes: Axes = field(compare=False)
     summed: Tally | None = field(default=None, compare=False)
 
-    @property
-    def entry(self) -> fx.Node:
-        """The live value that the region reads; another node once the stretch before it was rewritten."""
-        return next(o for o in self.nodes[0].all_input_nodes if o not in self.scope.constant and is_tensor(o))
-
-    @property
-    def exit(self) -> fx.Node:
-        """The call whose value leaves the region."""
-        return self.nodes[-1]
+    @cached_property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Its calls in graph order; the last one is the exit."""
+        return self.scope.between(self.entry, self.exit)
 
     @cached_property
     def tally(self) -> Tally:
@@ -207,44 +235,51 @@ class Region:
         params, shares = self.scope.params(self.nodes)  # weights may be shared within the region only
         return replace(own, cost=replace(own.cost, params=params), shares=int(shares))
 
-    def runner(
-        self, batch: int, nodes: Sequence[fx.Node] | None = None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The region as a function of its entry, in float64, with views at the given batch size.
+    def runner(self, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The region as a function of its entry, in float64, with views at the given batch size."""
+        return runner(self.scope, self.entry, self.nodes, batch)
 
-        Args:
-            batch: what the batch symbols stand for.
-            nodes: a contiguous stretch of the region's calls to run instead of all.
-        """
-        chain = tuple(nodes) if nodes is not None else self.nodes
-        constants = self.scope._constants(
-            o for n in chain for o in n.all_input_nodes if o in self.scope.constant
-        )
-        entry = next(o for o in chain[0].all_input_nodes if o not in constants and is_tensor(o))
 
-        def run(x: torch.Tensor) -> torch.Tensor:
-            values: dict[fx.Node, Any] = {entry: x}
+def runner(
+    scope: Scope, entry: fx.Node, nodes: Sequence[fx.Node], batch: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Calls in graph order as a function of one value, in float64.
 
-            def operand(node: fx.Node) -> Any:
-                if node in values:
-                    return values[node]
-                if node in constants:
-                    return constants[node]
-                return self.scope.sizes.at(node.meta["val"], batch)
+    Args:
+        scope: their graph.
+        entry: the one live value that they read.
+        nodes: the calls; the value of the last one is returned.
+        batch: what the batch symbols stand for.
+    """
+    constants = scope._constants(o for n in nodes for o in n.all_input_nodes if o in scope.constant)
+    last_use = {o: node for node in nodes for o in node.all_input_nodes}
 
-            for node in chain:
-                if op_name(node) in _CASTS:
-                    values[node] = operand(node.all_input_nodes[0])
-                elif op_name(node) == "batch_norm" and x.requires_grad:
-                    values[node] = _batch_norm(node, operand)
-                else:
-                    values[node] = _call(node, operand)
-            result = values[chain[-1]]
-            if not isinstance(result, torch.Tensor):
-                raise TypeError(f"region exit {chain[-1].name!r} is not a tensor")
-            return result
+    def run(x: torch.Tensor) -> torch.Tensor:
+        values: dict[fx.Node, Any] = {entry: x}
 
-        return run
+        def operand(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            if node in constants:
+                return constants[node]
+            return scope.sizes.at(node.meta["val"], batch)
+
+        for node in nodes:
+            if op_name(node) in _CASTS:
+                values[node] = operand(node.all_input_nodes[0])
+            elif op_name(node) == "batch_norm" and x.requires_grad:
+                values[node] = _batch_norm(node, operand)
+            else:
+                values[node] = _call(node, operand)
+            for read in node.all_input_nodes:
+                if last_use[read] is node:
+                    values.pop(read, None)
+        result = values[nodes[-1]]
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"region exit {nodes[-1].name!r} is not a tensor")
+        return result
+
+    return run
 
 
 def is_heavy(node: fx.Node) -> bool:

@@ -18,8 +18,25 @@ from graphsurgery.cost import op_name
 from graphsurgery.values import Sizes, is_tensor, tensor_meta
 
 
+class Call:
+    """What rules ask of a call."""
+
+    node: fx.Node
+    sizes: Sizes
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name, or its default."""
+        if index < len(self.node.args):
+            return self.node.args[index]
+        return self.node.kwargs.get(name, default)
+
+    def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
+        """The shape of a node (by default of the call's value), symbols as primes."""
+        return tuple(self.sizes.prime(size) for size in tensor_meta(node or self.node).shape)
+
+
 @dataclass(frozen=True)
-class Step:
+class Step(Call):
     """One call in a region, as a rule sees it.
 
     Attributes:
@@ -34,19 +51,25 @@ class Step:
     axes: Axes
     sizes: Sizes
 
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
-        """An argument by position or name, or its default."""
-        if index < len(self.node.args):
-            return self.node.args[index]
-        return self.node.kwargs.get(name, default)
 
-    def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
-        """The shape of a node (by default of the call's value), symbols as primes."""
-        return tuple(self.sizes.prime(size) for size in tensor_meta(node or self.node).shape)
+@dataclass(frozen=True)
+class Meeting(Call):
+    """One call that several values of a region may enter, as its rule sees it.
+
+    Attributes:
+        node: the call.
+        parts: its live operands in order, each as often as it is read, with what the region does up to them.
+        sizes: the graph's symbols.
+    """
+
+    node: fx.Node
+    parts: tuple[tuple[fx.Node, Axes], ...]
+    sizes: Sizes
 
 
 Rule = Callable[[Step], Axes]
 RULES: dict[str, Rule] = {}
+MEETINGS: dict[str, Callable[[Meeting], Axes]] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -60,18 +83,75 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def meeting(*names: str) -> Callable[[Callable[[Meeting], Axes]], Callable[[Meeting], Axes]]:
+    """Register a rule for ops of the given names that several live values may enter."""
+
+    def register(function: Callable[[Meeting], Axes]) -> Callable[[Meeting], Axes]:
+        for name in names:
+            MEETINGS[name] = function
+        return function
+
+    return register
+
+
+def live_operands(node: fx.Node, constant: Collection[fx.Node]) -> list[fx.Node]:
+    """The operands that are neither constant nor a size, in order, each as often as it is read."""
+    return [o for o in _leaves((node.args, node.kwargs)) if o not in constant and not _is_size(o)]
+
+
 def live_operand(node: fx.Node, constant: Collection[fx.Node]) -> fx.Node | None:
-    """The one tensor operand that is not constant, if there is exactly one and it is read once."""
-    live = [o for o in node.all_input_nodes if o not in constant and is_tensor(o)]
-    if len(live) != 1:
-        return None
-    reads = sum(1 for argument in _leaves((node.args, node.kwargs)) if argument is live[0])
-    return live[0] if reads == 1 else None
+    """The one live operand, if there is exactly one and it is read once."""
+    live = live_operands(node, constant)
+    return live[0] if len(live) == 1 else None
 
 
-def has_rule(node: fx.Node) -> bool:
-    """Whether the registry knows the op."""
-    return node.op == "call_function" and is_tensor(node) and op_name(node) in RULES
+def has_rule(node: fx.Node, operands: int = 1) -> bool:
+    """Whether the registry knows the op with that many live operands."""
+    if node.op != "call_function" or not (is_tensor(node) or is_tuple(node)):
+        return False
+    name = op_name(node)
+    return (operands == 1 and name in RULES) or (operands > 0 and name in MEETINGS)
+
+
+def is_tuple(node: fx.Node) -> bool:
+    """Whether the value is several tensors: the parts of a split."""
+    return isinstance(node.meta.get("val"), (tuple, list))
+
+
+def follow(
+    node: fx.Node, axes_of: Callable[[fx.Node], Axes], constant: Collection[fx.Node], sizes: Sizes
+) -> Axes:
+    """The axes of the value of one call, from those of its live operands.
+
+    Args:
+        node: the call.
+        axes_of: the axes of a live operand.
+        constant: the constant nodes of the graph.
+        sizes: its symbols.
+
+    Raises:
+        NoFold: the call is not affine in its live operands, or breaks an axis of symbolic size.
+    """
+    live = live_operands(node, constant)
+    name = op_name(node)
+    if len(live) == 1 and name in RULES:
+        return apply(Step(node, live[0], axes_of(live[0]), sizes))
+    if not live or name not in MEETINGS or not is_tensor(node):
+        raise NoFold("not-affine", f"{name} is not an affine op of its operands")
+    if any(not is_tensor(o) or tensor_meta(o).dtype != tensor_meta(node).dtype for o in live):
+        raise NoFold("dtype", f"{name} brings together values of other dtypes")
+    axes = MEETINGS[name](Meeting(node, tuple((o, axes_of(o)) for o in live), sizes))
+    return _followed(node, axes, sizes)
+
+
+def _followed(node: fx.Node, axes: Axes, sizes: Sizes) -> Axes:
+    if axes.shape != tuple(sizes.prime(size) for size in tensor_meta(node).shape):
+        raise NoFold("unsupported", f"{op_name(node)} changes the shape in a way that is not followed")
+    return axes
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
 def apply(step: Step) -> Axes:
@@ -87,10 +167,7 @@ def apply(step: Step) -> Axes:
     function = RULES.get(op_name(node))
     if function is None:
         raise NoFold("not-affine", f"{op_name(node)} is not an affine op")
-    axes = function(step)
-    if axes.shape != step.shape():
-        raise NoFold("unsupported", f"{op_name(node)} changes the shape in a way that is not followed")
-    return axes
+    return _followed(node, function(step), step.sizes)
 
 
 def pinned(axes: Axes) -> Axes:

@@ -1,200 +1,214 @@
-"""Which stretches of a graph to fold: the best cuts of every straight chain of affine calls.
+"""Which regions of a graph to fold, by dynamic programming over cuts.
 
-A chain is a maximal run of affine calls in which each value is read by the next call only. For every pair of
-cuts the axes say which forms the stretch between has; dynamic programming over cuts finds the cheapest way
-to write the whole chain (for products of matrices this is matrix-chain order).
+A region runs from one live value, its entry, to one call, its exit; everything in between is affine and dies
+with the exit. A value through which every affine path to a call runs is a *cut* of that call, and may be the
+entry of a region that ends there: chains, branches that meet again and nests of both are one case. With
+X(n) for all that lives for n alone (the subtree of n among the post-dominators),
+
+    best(n) = min( cost(n) + sum of best(children of n),
+                   min over entries e of  cost(form of e..n) + (best(e) if e lives for n alone) )
+
+is the least cost of computing n and what lives for it. For a chain of matrices this is matrix-chain order.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from math import prod
 
 from torch import fx
 
-from graphsurgery.affine import rules, rules_linear, rules_movement, rules_position
+from graphsurgery.affine import join, rules, rules_linear, rules_movement, rules_position
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.choice import Option, Score, objection, options, score
-from graphsurgery.affine.region import Region, Scope, Tally, is_heavy
-from graphsurgery.cost import Cost, op_name
+from graphsurgery.affine.dominance import PostDominators
+from graphsurgery.affine.region import Region, Scope, Tally
+from graphsurgery.values import is_tensor, tensor_meta
 
-_RULE_ROOMS = (rules_linear, rules_movement, rules_position)  # imported for what they register
+_RULE_ROOMS = (join, rules_linear, rules_movement, rules_position)  # imported for what they register
+
+_FEW = 4
+"""Entries of one kind that a call may have before those are dropped that an earlier one makes useless."""
+
+_MANY = 32
+"""Entries of one kind that are followed at most; only chains whose sizes fall all the way have so many."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A stretch to fold and the form chosen for it."""
+    """A region to fold and the form chosen for it."""
 
     region: Region
     option: Option
 
 
-@dataclass(frozen=True)
-class Declined:
-    """Two neighbouring stretches that stay apart, and why.
+class Search:
+    """The best folds of a graph.
 
     Attributes:
-        nodes: the calls concerned.
-        code: stable code of the reason.
-        reason: one sentence.
-        before: cost as it is, where cost was the question.
-        after: cost of the best form, where there is one.
+        scope: the graph.
+        growth: how many times the parameters a form may have (see `choice.objection`).
+        axes: for each call, the axes of the region from each of its possible entries, earliest first.
+        dominators: what dies with what.
     """
 
-    nodes: tuple[fx.Node, ...]
-    code: str
-    reason: str
-    before: Cost | None = None
-    after: Cost | None = None
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A straight run of affine calls."""
-
-    nodes: tuple[fx.Node, ...]
-
-
-def chains(scope: Scope) -> Iterator[Chain]:
-    """All maximal straight chains of a graph, in graph order."""
-    follows: dict[fx.Node, fx.Node] = {}
-    starts: list[fx.Node] = []
-    for node in scope.gm.graph.nodes:
-        if not is_member(scope, node):
-            continue
-        live = rules.live_operand(node, scope.constant)
-        if live is not None and is_member(scope, live) and len(live.users) == 1:
-            follows[live] = node
-        else:
-            starts.append(node)
-    for node in starts:
-        run = [node]
-        while run[-1] in follows:
-            run.append(follows[run[-1]])
-        yield Chain(tuple(run))
-
-
-def is_member(scope: Scope, node: fx.Node) -> bool:
-    """Whether a call may be part of a chain: it has a rule and exactly one live operand."""
-    if node in scope.constant or not rules.has_rule(node):
-        return False
-    return rules.live_operand(node, scope.constant) is not None
-
-
-class ChainSearch:
-    """The best cuts of one chain."""
-
-    def __init__(self, scope: Scope, chain: Chain, max_param_growth: float) -> None:
-        """Prepare the search; see `folds` and `declined`."""
-        self.scope, self.chain, self.growth = scope, chain, max_param_growth
-        self.size = len(chain.nodes)
-        self._sums = [Tally()]
-        for node in chain.nodes:
-            self._sums.append(self._sums[-1] + scope.tally(node))
-
-    def region(self, start: int, stop: int, axes: Axes) -> Region:
-        """The stretch of calls from `start` up to `stop`, exclusive."""
-        summed = self._sums[stop] - self._sums[start]
-        return Region(self.scope, self.chain.nodes[start:stop], axes, summed)
-
-    def walk(self, start: int) -> Iterator[tuple[int, Axes]]:
-        """The axes of every stretch that starts at a cut, shortest first.
-
-        Raises:
-            NoFold: the next call cannot be part of a stretch from this cut.
-        """
-        nodes = self.chain.nodes
-        live = self.region(start, start + 1, _NO_AXES).entry
-        shape = self.scope.shape(live)
-        if 0 in shape or any(0 in self.scope.shape(node) for node in nodes[start:]):
-            raise NoFold("empty", "it works on a tensor without elements")
-        axes = Axes.entry(shape, self.scope.primes)
-        for stop in range(start, self.size):
-            axes = rules.apply(rules.Step(nodes[stop], live, axes, self.scope.sizes))
-            live = nodes[stop]
-            yield stop + 1, axes
-
-    def axes(self, start: int, stop: int) -> Axes:
-        """The axes of one stretch.
-
-        Raises:
-            NoFold: it is not affine as a whole.
-        """
-        return next(axes for end, axes in self.walk(start) if end == stop)
+    def __init__(self, scope: Scope, max_param_growth: float) -> None:
+        """Find the possible regions and the best choice among them."""
+        self.scope, self.growth = scope, max_param_growth
+        self.dominators = PostDominators(scope.gm.graph, scope.constant)
+        self.axes: dict[fx.Node, dict[fx.Node, Axes]] = {}
+        self._dying: dict[fx.Node, set[fx.Node]] = {}
+        self._best: dict[fx.Node, Score] = {}
+        self._tally: dict[fx.Node, Tally] = {}
+        self._fold: dict[fx.Node, Fold] = {}
+        self._children: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in scope.gm.graph.nodes:
+            if node in self.dominators.parent:
+                self._visit(node)
 
     def folds(self) -> list[Fold]:
-        """The stretches to fold, in order."""
-        best: list[tuple[Score, int, Fold | None]] = [((0, 0, 0), 0, None)]
-        alone = [score(self.scope.tally(node).cost) for node in self.chain.nodes]
-        table: dict[int, list[tuple[int, Fold]]] = {}
-        for start in range(self.size):
-            for fold in self._worthwhile(start):
-                table.setdefault(start + len(fold.region.nodes), []).append((start, fold))
-        for stop in range(1, self.size + 1):
-            choices: list[tuple[Score, int, Fold | None]] = [
-                (_plus(best[stop - 1][0], alone[stop - 1]), stop - 1, None)
-            ]
-            choices += [(_plus(best[i][0], score(f.option.cost)), i, f) for i, f in table.get(stop, [])]
-            best.append(min(choices, key=lambda choice: choice[0]))
-        found: list[Fold] = []
-        stop = self.size
-        while stop:
-            _, start, chosen = best[stop]
-            if chosen is not None:
-                found.append(chosen)
-            stop = start
-        return found[::-1]
+        """The regions to fold, last exit first: no fold changes a call of one that comes after it."""
+        chosen = []
+        stack = [node for node, parent in self.dominators.parent.items() if parent is None]
+        while stack:
+            node = stack.pop()
+            fold = self._fold.get(node)
+            if fold is None:
+                stack.extend(self._children[node])
+                continue
+            chosen.append(fold)
+            if self.dominators.dies_with(fold.region.entry, node):
+                stack.append(fold.region.entry)
+        order = {node: i for i, node in enumerate(self.scope.gm.graph.nodes)}
+        return sorted(chosen, key=lambda fold: -order[fold.region.exit])
 
-    def _worthwhile(self, start: int) -> Iterator[Fold]:
-        try:
-            for stop, axes in self.walk(start):
-                if stop - start < 2:
-                    continue
-                region = self.region(start, stop, axes)
-                try:
-                    found = options(region)
-                except NoFold:
-                    continue
-                option = next((o for o in found if objection(region, o, self.growth) is None), None)
-                if option is not None:
-                    yield Fold(region, option)
-        except NoFold:
-            return
+    def regions(self) -> Iterator[Region]:
+        """Every region that the search may fold, one call or more."""
+        for node, found in self.axes.items():
+            for entry, axes in found.items():
+                if is_tensor(node) and self._dies(entry, node):
+                    yield self.region(entry, node, axes)
 
-    def declined(self) -> Iterator[Declined]:
-        """Why neighbouring layers of a chain stay apart, pair by pair."""
-        marks = [i for i, node in enumerate(self.chain.nodes) if is_layer(node)]
-        for first, second in pairwise(marks):
-            nodes = (self.chain.nodes[first], self.chain.nodes[second])
+    def region(self, entry: fx.Node, node: fx.Node, axes: Axes) -> Region:
+        """The region from an entry to a call."""
+        summed = self._tally[node]
+        if self.dominators.dies_with(entry, node):
+            summed = summed - self._tally[entry]
+        return Region(self.scope, entry, node, axes, summed)
+
+    # -- one call after the other --------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        children = self._children[node]
+        tally = sum((self._tally[child] for child in children), self.scope.tally(node))
+        best = score(self.scope.tally(node).cost)
+        for child in children:
+            best = _plus(best, self._best[child])
+        self._tally[node] = tally
+        self.axes[node] = self._entries(node)
+        for entry, axes in self.axes[node].items():
+            if not is_tensor(node) or not self._dies(entry, node):
+                continue
+            if set(rules.live_operands(node, self.scope.constant)) == {entry}:
+                continue  # one call is what it is
+            region = self.region(entry, node, axes)
             try:
-                region = self.region(first, second + 1, self.axes(first, second + 1))
-                option = options(region)[0]
-                reason = objection(region, option, self.growth)
-                if reason is not None:
-                    code, cause = self._cause(region)
-                    whole = f"{cause}; {reason}" if cause else reason
-                    yield Declined(nodes, code, whole, region.tally.cost, option.cost)
-            except NoFold as refusal:
-                yield Declined(nodes, refusal.code, refusal.reason)
+                found = options(region)
+            except NoFold:
+                continue
+            option = next((o for o in found if objection(region, o, self.growth) is None), None)
+            if option is None:
+                continue
+            whole = score(option.cost)
+            if self.dominators.dies_with(entry, node):
+                whole = _plus(whole, self._best[entry])
+            if whole < best:
+                best, self._fold[node] = whole, Fold(region, option)
+        self._best[node] = best
+        self._prune(node)
+        parent = self.dominators.parent[node]
+        if parent is not None:
+            self._children[parent].append(node)
 
-    def _cause(self, region: Region) -> tuple[str, str]:
-        """What lies behind a form that does not pay."""
-        if region.axes.causes:
-            return region.axes.causes[-1]
-        if region.tally.shares:
-            return "shared-weights", "some of the weights are read by other calls too and would stay"
-        return "costs-more", ""
+    def _entries(self, node: fx.Node) -> dict[fx.Node, Axes]:
+        """The possible entries of regions that end in a call: those that all its live operands have."""
+        operands = list(dict.fromkeys(rules.live_operands(node, self.scope.constant)))
+        if node.op != "call_function" or not operands or not rules.has_rule(node, len(operands)):
+            return {}
+        if any(operand not in self.axes for operand in operands) or _empty(self.scope, node):
+            return {}
+        found: dict[fx.Node, Axes] = {}
+        first = [*self.axes[operands[0]], operands[0]]
+        for entry in first:
+            if not all(entry is operand or entry in self.axes[operand] for operand in operands[1:]):
+                continue
+            if not is_entry(self.scope, entry):
+                continue
+            try:
+                reach = partial(self.along, entry)
+                found[entry] = rules.follow(node, reach, self.scope.constant, self.scope.sizes)
+            except NoFold:
+                continue
+        self._dying[node] = {entry for entry in found if self._interior_dies(entry, node, operands)}
+        return found
+
+    def along(self, entry: fx.Node, node: fx.Node) -> Axes:
+        """The axes from an entry to a value that it leads to; to itself they are its own."""
+        return self.scope.entry_axes(entry) if entry is node else self.axes[node][entry]
+
+    def _dies(self, entry: fx.Node, node: fx.Node) -> bool:
+        return entry in self._dying.get(node, ())
+
+    def _interior_dies(self, entry: fx.Node, node: fx.Node, operands: list[fx.Node]) -> bool:
+        """Whether nothing outside of a region reads what lies between its entry and its exit."""
+        dies_with = self.dominators.dies_with
+        if dies_with(entry, node):
+            return True
+        inner = [operand for operand in operands if operand is not entry]
+        if not all(dies_with(operand, node) for operand in inner):
+            return False
+        if len(operands) == 1:
+            return not inner or entry in self._dying[inner[0]]
+        return all(dies_with(member, node) for member in self.scope.between(entry, node))
+
+    def _prune(self, node: fx.Node) -> None:
+        """Drop entries that an earlier one makes useless: whatever follows, its form is no dearer.
+
+        Rules look at the dims of a value, not at what was consumed for it. Of two entries with equal dims,
+        the earlier one therefore stays the better one if it has consumed no more; so a long chain of equal
+        layers is searched in linear time.
+        """
+        found = self.axes[node]
+        if len(found) <= _FEW:
+            return
+        groups: dict[object, list[tuple[fx.Node, int]]] = defaultdict(list)
+        for entry, axes in found.items():
+            if not self.dominators.dies_with(entry, node):
+                continue  # a branch: the call where it ends decides
+            key = (axes.dims, axes.pinned, axes.shifted, tuple(atom.axis for atom in axes.gone))
+            groups[key].append((entry, prod(atom.size for atom in axes.gone)))
+        for members in groups.values():
+            kept: list[tuple[fx.Node, int]] = []
+            for entry, size in members:
+                if len(members) <= _FEW or not kept or size < kept[-1][1]:
+                    kept.append((entry, size))
+            kept = kept if len(kept) <= _MANY else [kept[0], *kept[1 - _MANY :]]
+            for entry, _ in members:
+                if all(entry is not other for other, _ in kept):
+                    del found[entry]
 
 
-def is_layer(node: fx.Node) -> bool:
-    """Whether a call is a layer of its own: it multiplies by weights, normalises, scales or pools."""
-    name = op_name(node)
-    return is_heavy(node) or name in ("batch_norm", "mul", "div", "add", "sub", "rsub") or "pool" in name
+def is_entry(scope: Scope, node: fx.Node) -> bool:
+    """Whether a region may begin with a value: a tensor of floating-point numbers, at least one."""
+    return is_tensor(node) and tensor_meta(node).is_floating_point() and not _empty(scope, node)
+
+
+def _empty(scope: Scope, node: fx.Node) -> bool:
+    return is_tensor(node) and 0 in scope.shape(node)
 
 
 def _plus(a: Score, b: Score) -> Score:
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
-
-
-_NO_AXES = Axes(())

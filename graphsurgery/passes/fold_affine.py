@@ -23,9 +23,9 @@ from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.choice import DEFAULT_PARAM_GROWTH
 from graphsurgery.affine.coefficients import DEFAULT_BUDGET, Coefficients, fill
 from graphsurgery.affine.emit import emit
-from graphsurgery.affine.outlook import outlook
+from graphsurgery.affine.outlook import Declined, outlook
 from graphsurgery.affine.region import Scope
-from graphsurgery.affine.search import ChainSearch, Declined, Fold, chains
+from graphsurgery.affine.search import Fold, Search
 from graphsurgery.cost import op_name
 from graphsurgery.graph import copy_graph_module, delete_unused_attrs
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
@@ -56,20 +56,15 @@ class FoldAffine(Pass):
         scope = Scope(work)
         changes: list[Change] = []
         refusals: list[Refusal] = []
-        for chain in list(chains(scope)):
-            search = ChainSearch(scope, chain, self.max_param_growth)
-            for fold in search.folds():
-                outcome = self._fold(fold)
-                (changes if isinstance(outcome, Change) else refusals).append(outcome)  # type: ignore[arg-type]
+        for fold in Search(scope, self.max_param_growth).folds():
+            outcome = self._fold(fold)
+            (changes if isinstance(outcome, Change) else refusals).insert(0, outcome)  # type: ignore[arg-type]
         if changes:
             delete_unused_attrs(work)
             work.graph.lint()
             work.recompile()
-        left = Scope(work)
-        for chain in chains(left):
-            for declined in ChainSearch(left, chain, self.max_param_growth).declined():
-                refusals.append(self._refusal(declined))
-        refusals.extend(self._refusal(declined) for declined in outlook(left))
+        left = Scope(work) if changes else scope
+        refusals.extend(self._refusal(declined) for declined in outlook(left, self.max_param_growth))
         return PassResult(work if changes else gm, tuple(changes), tuple(refusals))
 
     def _fold(self, fold: Fold) -> Change | Refusal:

@@ -12,15 +12,14 @@ from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.choice import options
 from graphsurgery.affine.coefficients import Coefficients, fill
 from graphsurgery.affine.region import Region, Scope
-from graphsurgery.affine.search import ChainSearch, chains
 from graphsurgery.capture import capture
 
 
 def region_of(model: nn.Module, x: torch.Tensor) -> tuple[Region, Coefficients]:
     scope = Scope(capture(model.eval(), (x,)))
-    (chain,) = chains(scope)
-    search = ChainSearch(scope, chain, 2.0)
-    region = search.region(0, search.size, search.axes(0, search.size))
+    entry = next(node for node in scope.gm.graph.nodes if node.op == "placeholder")
+    exit_ = next(iter(scope.gm.graph.output_node().all_input_nodes))
+    region = Region(scope, entry, exit_, scope.axes(entry, exit_))
     return region, fill(region, options(region)[0].form)
 
 

@@ -586,18 +586,20 @@ def test_refuses_what_does_not_fit_the_dtype() -> None:
     assert "overflow" in codes(result)
 
 
-def test_refuses_parallel_branches_and_names_them() -> None:
+def test_refuses_parallel_branches_that_cost_more_as_one_and_names_them() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.big, self.small = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.deep, self.full = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.big(x) + self.small(x) + x)
+            return torch.relu(self.deep(x) + self.full(x))
 
-    result = refused(seeded(Model), torch.randn(2, 4, 6, 6), "branches")
-    assert "big" in result.refusals[-1].reason
-    assert "small" in result.refusals[-1].reason
+    result = refused(seeded(Model), torch.randn(2, 8, 6, 6), "costs-more")
+    (refusal,) = result.refusals
+    assert {node.module for node in refusal.nodes} >= {"deep", "full"}
+    assert f"{36 * 8 * (9 + 8):,} MACs" in refusal.reason
+    assert f"{36 * 8 * 8 * 9:,} MACs" in refusal.reason
 
 
 def test_refuses_a_norm_between_nonlinear_calls_and_quotes_the_source() -> None:
