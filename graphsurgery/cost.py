@@ -18,15 +18,25 @@ from torch import fx
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, operand_tensors, tensor_meta
 
 # fmt: off
-_VIEWS = frozenset((
-    "reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "alias",
-    "detach", "lift_fresh_copy", "slice", "select", "chunk", "split", "split_with_sizes", "unbind", "getitem",
-    "dropout", "clone", "contiguous",
+SPLITS = frozenset((
+    "split", "split_with_sizes", "chunk", "tensor_split", "unbind",
+    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
+))
+"""Ops that give a tuple of pieces of their operand; `getitem` says which piece."""
+
+_VIEWS = SPLITS | frozenset((
+    "reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
+    "alias", "detach", "lift_fresh_copy", "slice", "select", "narrow", "getitem", "dropout", "clone",
+    "contiguous",
 ))
 _MOVEMENT = frozenset((
     "permute", "transpose", "movedim", "t", "numpy_T", "mT", "cat", "stack", "pad", "constant_pad_nd", "roll",
-    "flip", "index", "index_select", "repeat", "gather", "embedding", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "upsample_nearest2d",
+    "flip", "index", "index_select", "repeat", "tile", "repeat_interleave", "gather", "embedding",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", "_pad_circular",
 ))
 # fmt: on
 _KINDS = {
@@ -39,7 +49,7 @@ _KINDS = {
         "conv_transpose2d",
         "conv_transpose3d",
     ),
-    "linear": ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+    "linear": ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "einsum"),
     "attention": ("scaled_dot_product_attention",),
     "norm": ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
     "embedding": ("embedding",),
@@ -115,10 +125,12 @@ def kind_of(node: fx.Node) -> str:
 
 def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
     """Cost of one node without the parameters it reads (they may be shared)."""
+    name = op_name(node)
+    if name in SPLITS:
+        return Cost(nodes=1)
     if node.op != "call_function" or not is_tensor(node):
         return Cost()
     sizes = sizes or Sizes(node.graph)
-    name = op_name(node)
     out = _numel(node, sizes)
     if name in ("alias", "detach", "getitem", "sym_size"):
         return Cost()
@@ -175,9 +187,9 @@ def _macs(node: fx.Node, name: str, out: int, sizes: Sizes) -> int | None:
         return _numel(args[0], sizes) * prod(_shape(args[1], sizes)[1:])
     if name.startswith("conv"):
         return out * prod(_shape(args[1], sizes)[1:])
-    if name in ("matmul", "mm", "bmm"):
+    if name in ("matmul", "mm", "bmm", "mv", "dot", "vdot"):
         return out * _shape(args[0], sizes)[-1]
-    if name in ("addmm", "baddbmm"):
+    if name in ("addmm", "baddbmm", "addmv"):
         return out * _shape(args[1], sizes)[-1]
     if name == "scaled_dot_product_attention":
         queries, keys = _shape(args[0], sizes), _shape(args[1], sizes)

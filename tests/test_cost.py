@@ -42,6 +42,20 @@ COUNTS: dict[str, tuple[Callable[[], nn.Module], Tensor, Cost]] = {
         IMAGE,
         Cost(4 * 6 * 8 * 6, 0, 0, 0, 1),
     ),
+    # a split is one call, picking its pieces is none
+    "split": (lambda: Call(lambda x: x.split(2, 1)[0] + x.chunk(2, 1)[1]), IMAGE, Cost(0, 96, 0, 0, 3)),
+    "unbind": (lambda: Call(lambda x: x.unbind(1)[2]), IMAGE, Cost(0, 0, 0, 0, 1)),
+    "narrow": (lambda: Call(lambda x: x.narrow(1, 0, 2)), IMAGE, Cost(0, 0, 0, 0, 1)),
+    "unshuffle": (lambda: nn.PixelUnshuffle(2), IMAGE, Cost(0, 0, 192, 0, 1)),
+    "reflect": (lambda: nn.ReflectionPad2d(1), IMAGE, Cost(0, 0, 4 * 8 * 10, 0, 1)),
+    "tile": (lambda: Call(lambda x: x.tile(2, 1)), IMAGE, Cost(0, 0, 384, 0, 1)),
+    "nearest": (
+        lambda: Call(lambda x: F.interpolate(x.flatten(2), scale_factor=2)),
+        IMAGE,
+        Cost(0, 0, 384, 0, 2),
+    ),
+    "bilinear": (lambda: nn.UpsamplingBilinear2d(scale_factor=2), IMAGE, Cost(0, 768, 0, 0, 1)),
+    "vector": (lambda: Call(lambda x: torch.mv(x[0, 0], x[0, 0, 0])), IMAGE, Cost(48, 0, 0, 0, 6)),
     # scores 6 x 6 x 8 for each of 4 heads, then as many for the values
     "attention": (
         lambda: Call(lambda x: F.scaled_dot_product_attention(x, x, x)),

@@ -158,6 +158,28 @@ class Axes:
         mixed = self.consume(self.dims[index]).with_dim(index, (Atom(size),) if size != 1 else ())
         return replace(mixed, pinned=True, causes=(*self.causes, cause))
 
+    def shuffle(self, index: int, size: int, cause: tuple[str, str]) -> Axes:
+        """As `mix`, by an op that some features do not mind: where there are only such, nothing is lost."""
+        if all(atom.fresh for atom in self.dims[index]):
+            return self.with_dim(index, (Atom(size),) if size != 1 else ())
+        return self.mix(index, size, cause)
+
+    def drop(self, index: int) -> Axes:
+        """One dimension of size one left out."""
+        return self._housed(self.dims[:index] + self.dims[index + 1 :], self.dims[index])
+
+    def _housed(self, dims: Dims, single: Iterable[Atom]) -> Axes:
+        """The given dimensions, and single positions of windows that have no dimension of their own.
+
+        They live in the first dimension, which is the batch as a rule and not mixed.
+        """
+        single = [atom._replace(uneven=False) for atom in single]
+        if not single:
+            return self.with_dims(dims)
+        if not dims:
+            return self.consume(single).with_dims(())
+        return replace(self.with_dims(((*dims[0], *single), *dims[1:])), pinned=True)
+
     def vary(self, index: int) -> Axes:
         """Coefficients differ along one dimension; windowed atoms there lose their structure.
 
@@ -168,10 +190,10 @@ class Axes:
         for atom in self.dims[index]:
             if axes.symbolic(atom):
                 raise NoFold("batch-varied", "its coefficients differ along an axis of symbolic size")
-            if atom.window is not None:
+            if atom.window is not None and atom.size != 1:
                 axes = axes.consume([atom])
                 atom = Atom(atom.size)
-            elif not atom.fresh:
+            elif atom.carried:
                 atom = atom._replace(varied=True)
             dim.append(atom)
         return axes.with_dim(index, tuple(dim))
@@ -186,7 +208,7 @@ class Axes:
         for index in indices:
             if any(self.symbolic(atom) for atom in dims[index]):
                 raise NoFold("batch-varied", "it adds a constant that differs along an axis of symbolic size")
-            dims[index] = tuple(atom._replace(uneven=True) for atom in dims[index])
+            dims[index] = tuple(a._replace(uneven=True) if a.size != 1 else a for a in dims[index])
         return replace(self, dims=tuple(dims), shifted=True)
 
     def reshape(self, shape: Sequence[int]) -> Axes:
@@ -197,9 +219,9 @@ class Axes:
         Raises:
             NoFold: a symbolic size would have to be mixed.
         """
-        # A window with a single position leaves no coordinate to carry: what it read are features.
-        axes = self.consume(atom for atom in self.atoms() if atom.size == 1)
+        axes: Axes = self
         queue = [atom for atom in self.atoms() if atom.size != 1]
+        single = [atom for atom in self.atoms() if atom.size == 1 and not atom.fresh]
         dims: list[tuple[Atom, ...]] = []
         position = 0
         while position < len(shape):
@@ -224,7 +246,7 @@ class Axes:
                     dim, need = list(dims_here[-1]), 1
             dims.append(tuple(dim))
             position += 1
-        return axes.with_dims(dims)
+        return axes._housed(tuple(dims), single)
 
     def _scramble(self, queue: list[Atom], shape: Sequence[int]) -> tuple[Axes, Dims, list[Atom]]:
         """Mix the shortest run of atoms that covers whole leading dimensions of `shape`."""

@@ -76,7 +76,8 @@ def _symbolic_views(region: Region, form: Form) -> bool:
     return any(sum(any(n % p == 0 for p in primes) for n in shape) > 1 for shape in views)
 
 
-def _moving(form: Form) -> int:
+def movements(form: Form) -> int:
+    """Number of views, permutes and pads in a form's program."""
     return sum(isinstance(step, (Reshape, Permute, Pad)) for step in form.steps)
 
 
@@ -94,7 +95,7 @@ def objection(region: Region, option: Option, max_param_growth: float) -> str | 
         return f"folding would take more multiplications: {both}"
     if score(after) >= score(before):
         return f"folding would not be cheaper: {both}"
-    if region.tally.layers == 1 and _moving(option.form) > region.tally.moving:
+    if region.tally.layers == 1 and movements(option.form) > region.tally.moving:
         return f"the layer would need more views and permutes around it: {both}"
     bias = option.form.slots.get("bias", (0,))[0]
     if after.macs < before.macs and region.tally.layers > 1:

@@ -22,9 +22,9 @@ import torch
 from torch import fx
 
 from graphsurgery.affine import rules
-from graphsurgery.affine.atoms import Window
+from graphsurgery.affine.atoms import Axes, Window
 from graphsurgery.affine.forms import Form
-from graphsurgery.affine.program import Conv, Linear, Pad
+from graphsurgery.affine.program import Conv, Linear, Permute, Reshape
 from graphsurgery.affine.region import Region, Scope, is_heavy, runner
 from graphsurgery.affine.rules import ints
 from graphsurgery.cost import op_name
@@ -172,7 +172,7 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
 
     A map of shifts is not among them.
     """
-    if form.axes != region.axes or not all(isinstance(step, (Linear, Conv, Pad)) for step in form.steps[:2]):
+    if any(isinstance(step, (Reshape, Permute)) for step in form.steps) or form.axes.gone != region.axes.gone:
         return None
     layer = next((step for step in form.steps if isinstance(step, (Linear, Conv))), None)
     heavy = [node for node in region.nodes if is_heavy(node)]
@@ -187,8 +187,8 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     if kernel is None:
         return None
     groups = layer.groups if isinstance(layer, Conv) else 1
-    windows = _windows(region, rank)
-    if kernel.groups % groups or not _holds(windows, kernel):
+    windows = _windows(form.axes, rank)
+    if windows is None or kernel.groups % groups or not _holds(windows, kernel):
         return None
     weight = kernel.regrouped(groups).on(windows).weight
     if tuple(weight.shape) != tuple(form.slots["weight"]):
@@ -196,12 +196,15 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     return {"weight": weight, "bias": kernel.bias} if "bias" in form.slots else {"weight": weight}
 
 
-def _windows(region: Region, rank: int) -> list[tuple[int, int, int, int]]:
-    """What the form reads along each spatial axis, as its axes say."""
+def _windows(axes: Axes, rank: int) -> list[tuple[int, int, int, int]] | None:
+    """What the form reads along each spatial axis, as its axes say; None for transposed windows."""
     windows = []
-    for dim in region.axes.dims[len(region.axes.dims) - rank :]:
-        w: Window | None = dim[0].window if dim else None
-        windows.append((1, 0, 1, 1) if w is None else (w.s, w.lo, max(w.step, 1), w.taps))
+    for dim in axes.dims[len(axes.dims) - rank :]:
+        w = dim[0].window if dim else None
+        ordinary = w.ordinary() if w else Window(1, 1, 0, 0, 0)
+        if ordinary is None:
+            return None
+        windows.append((ordinary.s, ordinary.lo, max(ordinary.step, 1), ordinary.taps))
     return windows
 
 

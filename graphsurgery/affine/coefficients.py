@@ -23,8 +23,10 @@ from graphsurgery.affine.atoms import Atom, Window
 from graphsurgery.affine.closed import closed_form
 from graphsurgery.affine.forms import Form, Roles
 from graphsurgery.affine.permuted import permuted_kernel
+from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
+from graphsurgery.values import is_tensor
 
 DEFAULT_BUDGET = 256 * 1024 * 1024
 """Bytes that the values of one chunk of probes may take."""
@@ -55,12 +57,15 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
 
     """
     roles = Roles(form.axes, len(region.scope.shape(region.entry)))
+    slots: dict[str, torch.Tensor] = {}
+    if SLOT in form.slots:
+        slots[SLOT] = entry_shift(region, form.slots[SLOT])
     closed = closed_form(region, form)
     if closed is not None:
-        if "shift" in form.slots:
-            closed.update(_shift(region, roles, form))
-        return Coefficients(form, closed, "closed")
-    slots: dict[str, torch.Tensor] = {}
+        slots.update(closed)
+        if not {"bias", "shift"} & set(form.slots) <= set(slots) or SLOT in slots:
+            slots.update(_shift(region, roles, form, slots.get(SLOT)))
+        return Coefficients(form, slots, "closed")
     method = "closed"
     if "weight" in form.slots or "scale" in form.slots:
         kernel = permuted_kernel(region, form)
@@ -70,8 +75,8 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
             slots["scale"] = _spread(kernel.flatten(), roles, roles.varied, roles.exit, form.slots["scale"])
         else:
             slots["weight"] = _weight(kernel, form)
-    if form.axes.shifted:
-        slots.update(_shift(region, roles, form))
+    if {"bias", "shift"} & set(form.slots):
+        slots.update(_shift(region, roles, form, slots.get(SLOT)))
     return Coefficients(form, slots, method)
 
 
@@ -83,11 +88,14 @@ def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
     return kernel.reshape(form.slots["weight"]).contiguous()
 
 
-def _shift(region: Region, roles: Roles, form: Form) -> dict[str, torch.Tensor]:
-    """The region at zero, at its real sizes, as the slot that the form gives it."""
+def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The region where the layer reads zero, at its real sizes, as the slot that the form gives it."""
+    if not form.axes.shifted:
+        return {}
     shape = [region.scope.actual(n, 1) for n in region.scope.shape(region.entry)]
+    zero = torch.zeros(shape, dtype=torch.float64)
     with torch.no_grad():
-        value = region.runner(1)(torch.zeros(shape, dtype=torch.float64))
+        value = region.runner(1)(zero if before is None else zero - before)
     value, sizes = _by_label(value, roles.exit, roles.exit_sizes, region)
     position = {label: i for i, label in enumerate(sizes)}
     name = "bias" if "bias" in form.slots else "shift"
@@ -179,7 +187,7 @@ class _Probe:
         if not any(self.roles.symbolic([a]) for a in self.roles.shared):
             chunk = positions  # a static batch: only the positions that there are
         else:
-            nodes = [self.region.entry, *self.region.nodes]
+            nodes = [node for node in (self.region.entry, *self.region.nodes) if is_tensor(node)]
             bytes_each = 2 * 8 * sum(prod(scope.actual(n, 1) for n in scope.shape(node)) for node in nodes)
             chunk = max(1, budget // bytes_each) * positions
         for start in range(0, count, chunk):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
@@ -59,7 +60,7 @@ def resembled(region: Region, kind: str) -> fx.Node:
         weights = (prod(region.scope.shape(o)) for o in node.all_input_nodes if o in region.scope.constant)
         return (same, is_heavy(node), max(weights, default=0))
 
-    return max(reversed(region.nodes), key=rank)
+    return max((node for node in reversed(region.nodes) if node not in region.shared), key=rank)
 
 
 def _family(name: str) -> str:
@@ -110,12 +111,9 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
             value_node.meta["val"] = region.exit.meta["val"]
         nodes.append(value_node)
     region.exit.replace_all_uses_with(value_node)
-    left = [*reversed(region.nodes), *dying]
-    while dead := [node for node in left if not node.users]:
-        for node in dead:
-            if not node.users:
-                graph.erase_node(node)
-        left = [node for node in left if node not in dead]
+    for node in sorted((*region.nodes, *dying), key=region.scope.position, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
     return Emitted(tuple(nodes), tuple(written))
 
 
@@ -145,9 +143,9 @@ def _dying(region: Region) -> tuple[fx.Node, ...]:
     """Constants (and sizes) that nothing reads but the region, readers first."""
     gone: dict[fx.Node, None] = dict.fromkeys(region.nodes)
     dying: list[fx.Node] = []
-    queue = [o for n in reversed(region.nodes) for o in n.all_input_nodes]
+    queue = deque(o for n in reversed(region.nodes) for o in n.all_input_nodes)
     while queue:
-        node = queue.pop(0)
+        node = queue.popleft()
         if node in gone or node is region.entry or node.op == "placeholder":
             continue
         if all(user in gone for user in node.users):
@@ -208,8 +206,8 @@ def _call(
             return _TRANSPOSED[rank], args
         case Scale(_):
             return aten.mul.Tensor, (x, attributes["scale"])
-        case Shift(_):
-            return aten.add.Tensor, (x, attributes["shift"])
+        case Shift(_, slot):
+            return aten.add.Tensor, (x, attributes[slot])
 
 
 def _symbolic(size: int, region: Region) -> bool:

@@ -91,10 +91,13 @@ def join(first: Axes, second: Axes, shape: Sequence[int]) -> Axes:
         _pairs(left, right, size)
         for left, right, size in zip(_spread(first, shape), _spread(second, shape), shape, strict=True)
     ]
-    gone = [*first.gone, *second.gone]
+    single, parted = _singles(first, second)
+    gone = [*first.gone, *second.gone, *parted]
     changed = True
     while changed:
         changed = False
+        gone += [atom.digit() for atom in single if any(_overlap(atom.digit(), digit) for digit in gone)]
+        single = [atom for atom in single if atom.digit() not in gone]
         for pair in (pair for row in rows for pair in row):
             if pair.joined is None or pair.joined.fresh:
                 continue
@@ -114,8 +117,13 @@ def join(first: Axes, second: Axes, shape: Sequence[int]) -> Axes:
     # Positions counted by windows of other reach may part at another size where a stride rounds them down.
     rounded = any(a != b and (a or b or _ONE).s > 1 for a, b in windows)
     causes = [cause for cause in second.causes if cause not in first.causes]
+    dims = [tuple(pair.joined for pair in row if pair.joined is not None) for row in rows]
+    if single and dims:
+        dims[0] = (*dims[0], *single)
+    elif single:
+        gone += [atom.digit() for atom in single]
     return Axes(
-        tuple(tuple(pair.joined for pair in row if pair.joined is not None) for row in rows),
+        tuple(dims),
         _merged(gone),
         first.shifted or second.shifted,
         True,
@@ -133,8 +141,19 @@ def _windowed(pair: _Pair) -> bool:
 
 
 def _spread(axes: Axes, shape: Sequence[int]) -> Dims:
-    """The dims with those that are missing in front; sizes of one stay empty."""
-    return ((),) * (len(shape) - len(axes.dims)) + axes.dims
+    """The dims with those that are missing in front; dimensions of size one are empty."""
+    dims = tuple(tuple(atom for atom in dim if atom.size != 1) for dim in axes.dims)
+    return ((),) * (len(shape) - len(dims)) + dims
+
+
+def _singles(first: Axes, second: Axes) -> tuple[list[Atom], list[Atom]]:
+    """Single positions that both read alike, and the digits of those that they do not."""
+    left, right = ([a for a in axes.atoms() if a.size == 1 and not a.fresh] for axes in (first, second))
+    alike = [
+        atom for atom in left if any((atom.digit(), atom.window) == (o.digit(), o.window) for o in right)
+    ]
+    digits = {atom.digit() for atom in alike}
+    return alike, [atom.digit() for atom in (*left, *right) if atom.digit() not in digits]
 
 
 def _pairs(left: Row, right: Row, size: int) -> list[_Pair]:

@@ -90,9 +90,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Shift:
-    """Addition of slot `shift`, which broadcasts."""
+    """Addition of a slot, which broadcasts."""
 
     out: Shape
+    slot: str = "shift"
 
 
 Step = Reshape | Permute | Pad | Linear | Conv | ConvTranspose | Scale | Shift
@@ -144,8 +145,8 @@ def run(
                 )
             case Scale(_):
                 x = x * slots["scale"]
-            case Shift(_):
-                x = x + slots["shift"]
+            case Shift(_, slot):
+                x = x + slots[slot]
     return x
 
 
@@ -179,6 +180,10 @@ def moves(source: Layout, target: Layout, sizes: Mapping[int, int]) -> tuple[Ste
         target: the same labels in another order or grouping.
         sizes: the size of each label.
     """
+    # A label of size one may lie anywhere.
+    source, target = (
+        tuple(tuple(a for a in dim if sizes[a] != 1) for dim in layout) for layout in (source, target)
+    )
     flat, wanted = [a for dim in source for a in dim], [a for dim in target for a in dim]
     shape_in, shape_out = _shape(source, sizes), _shape(target, sizes)
     if flat == wanted:

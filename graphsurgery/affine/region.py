@@ -213,6 +213,7 @@ class Region:
         exit: the call whose value leaves it.
         axes: what it does to the axes of the entry.
         summed: the sum of the tallies of the calls that die with it, where the caller has it.
+        shared: those of its calls that other regions of the same plan hold too; they give no names.
     """
 
     scope: Scope
@@ -220,6 +221,7 @@ class Region:
     exit: fx.Node
     axes: Axes = field(compare=False)
     summed: Tally | None = field(default=None, compare=False)
+    shared: frozenset[fx.Node] = frozenset()
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:

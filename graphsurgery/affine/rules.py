@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.atoms import Axes, NoFold
-from graphsurgery.cost import op_name
+from graphsurgery.cost import SPLITS, op_name
 from graphsurgery.values import Sizes, is_tensor, tensor_meta
 
 
@@ -155,19 +155,30 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def apply(step: Step) -> Axes:
-    """The axes of the value of one call.
+    """The axes of the value of one call; a split has those of its operand, and the call that picks cuts.
 
     Raises:
         NoFold: the call is not affine in its live operand, or breaks an axis of symbolic size.
     """
-    node = step.node
-    value, operand = tensor_meta(node), tensor_meta(step.live)
+    name = op_name(step.node)
+    function = RULES.get(name)
+    if function is None:
+        raise NoFold("not-affine", f"{name} is not an affine op")
+    value, operand = _sample(step.node), _sample(step.live)
     if not value.is_floating_point() or value.dtype != operand.dtype:
         raise NoFold("dtype", f"it turns {operand.dtype} into {value.dtype}")
-    function = RULES.get(op_name(node))
-    if function is None:
-        raise NoFold("not-affine", f"{op_name(node)} is not an affine op")
-    return _followed(node, function(step), step.sizes)
+    axes = function(step)
+    return axes if name in SPLITS else _followed(step.node, axes, step.sizes)
+
+
+def _sample(node: fx.Node) -> torch.Tensor:
+    """The recorded tensor of a call; of a split its first piece."""
+    value = node.meta.get("val")
+    if op_name(node) in SPLITS and isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        raise NoFold("unsupported", f"the result of {op_name(node)} is not a single tensor")
+    return value
 
 
 def pinned(axes: Axes) -> Axes:

@@ -30,23 +30,27 @@ def linear(step: Step) -> Axes:
     weight = step.argument(1, "weight")
     if step.argument(0, "input") is not step.live:
         raise NoFold("not-affine", "the weight of the linear is not constant")
+    if len(step.shape(weight)) != 2:
+        raise NoFold("unsupported", "a linear without a dimension of outputs is not followed")
     bias = step.argument(2, "bias") is not None
     return project(step.axes, len(step.axes.dims) - 1, step.shape(weight)[0], bias)
 
 
-@rule("matmul", "mm", "bmm")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def matmul(step: Step) -> Axes:
-    """A product with a constant matrix, or with a stack of matrices along leading dimensions."""
-    first, second = step.argument(0, "self"), step.argument(1, "other") or step.argument(1, "mat2")
-    return _product(step, first, second, bias=False)
+    """A product with a constant vector or matrix, or with a stack of matrices along leading dimensions."""
+    names = ("other", "mat2", "vec", "tensor")
+    second = next(v for name in names if (v := step.argument(1, name)) is not None)
+    return _product(step, step.argument(0, "self"), second, bias=False)
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", "addmv")
 def addmm(step: Step) -> Axes:
     """`beta * bias + alpha * (x @ w)` with a constant bias."""
-    name = "batch" if op_name(step.node) == "baddbmm" else "mat"
-    first = step.argument(1, f"{name}1")
-    second = step.argument(2, f"{name}2")
+    first_name, second_name = {"baddbmm": ("batch1", "batch2"), "addmv": ("mat", "vec")}.get(
+        op_name(step.node), ("mat1", "mat2")
+    )
+    first, second = step.argument(1, first_name), step.argument(2, second_name)
     bias = step.argument(0, "self")
     if bias is step.live or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         raise NoFold("not-affine", "the added matrix is not constant")
@@ -55,22 +59,24 @@ def addmm(step: Step) -> Axes:
 
 
 def _product(step: Step, first: fx.Node, second: fx.Node, bias: bool) -> Axes:
+    """The value times a constant, on either side, as `matmul` takes their dimensions."""
     axes, left = step.axes, first is step.live
     constant = step.shape(second if left else first)
-    rank = len(axes.dims)
-    if rank < 2 or len(constant) < 2:
-        raise NoFold("unsupported", "a product with a vector is not followed")
-    if len(constant) > rank or len(step.shape()) != rank:
-        raise NoFold("broadcast", "the constant has more dimensions than the value that it multiplies")
-    for offset, size in enumerate(reversed(constant[:-2])):
-        index = rank - 3 - offset
-        if size != 1:
-            if axes.shape[index] != size:
-                raise NoFold("broadcast", "the constant repeats the value along a dimension")
+    rank, depth = len(axes.dims), len(constant)
+    lead: list[tuple[Atom, ...]] = []
+    for offset in range(max(rank, depth, 2), 2, -1):
+        index, copies = rank - offset, constant[-offset] if offset <= depth else 1
+        size = axes.shape[index] if index >= 0 else 1
+        if copies == size != 1:
             axes = pinned(axes.vary(index))
-    if left:
-        return project(axes, rank - 1, constant[-1], bias)
-    return project(axes, rank - 2, constant[-2], bias)
+        dim = axes.dims[index] if index >= 0 else ()
+        lead.append(dim if copies == size else dim + fresh(copies))
+    summed = rank - 1 if left or rank == 1 else rank - 2
+    axes = axes.consume(axes.dims[summed])
+    kept = [axes.dims[i] for i in range(max(rank - 2, 0), rank) if i != summed]
+    made = [fresh(constant[-1 if left else -2])] if depth > 1 else []
+    axes = axes.with_dims((*lead, *(kept + made if left else made + kept)))
+    return replace(axes, shifted=axes.shifted or bias, scaled=True)
 
 
 @rule("mul", "div", "neg")
@@ -103,6 +109,24 @@ def shift(step: Step) -> Axes:
     for index in differing:
         axes = _pin(axes, step, index)
     return axes.shift_along(differing)
+
+
+@rule("addcmul", "addcdiv")
+def addcmul(step: Step) -> Axes:
+    """`self + value * first * second`, or `first / second`, where two of the three are constant."""
+    added, first, second = (step.argument(i, n) for i, n in enumerate(("self", "tensor1", "tensor2")))
+    if second is step.live and op_name(step.node) == "addcdiv":
+        raise NoFold("not-affine", "a constant divided by a value is not affine")
+    axes, constants = step.axes, [v for v in (added, first, second) if v is not step.live]
+    factors = [] if added is step.live else [v for v in (first, second) if v is not step.live]
+    for constant in constants:
+        for index in _differing(step, constant):
+            axes = _pin(axes, step, index)
+            axes = axes.vary(index) if constant in factors else axes
+    for constant in constants:
+        if constant not in factors:
+            axes = axes.shift_along(_differing(step, constant))
+    return replace(axes, scaled=axes.scaled or bool(factors))
 
 
 def _shift(axes: Axes, shape: tuple[int, ...]) -> Axes:

@@ -21,14 +21,13 @@ from math import prod
 
 from torch import fx
 
-from graphsurgery.affine import join, rules, rules_linear, rules_movement, rules_position
+from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes, NoFold
 from graphsurgery.affine.choice import Option, Score, objection, options, score
 from graphsurgery.affine.dominance import PostDominators
+from graphsurgery.affine.preshift import preshifted
 from graphsurgery.affine.region import Region, Scope, Tally
 from graphsurgery.values import is_tensor, tensor_meta
-
-_RULE_ROOMS = (join, rules_linear, rules_movement, rules_position)  # imported for what they register
 
 _FEW = 4
 """Entries of one kind that a call may have before those are dropped that an earlier one makes useless."""
@@ -89,7 +88,7 @@ class Search:
         """Every region that the search may fold, one call or more."""
         for node, found in self.axes.items():
             for entry, axes in found.items():
-                if is_tensor(node) and self._dies(entry, node):
+                if is_tensor(node) and self.dies(entry, node):
                     yield self.region(entry, node, axes)
 
     def region(self, entry: fx.Node, node: fx.Node, axes: Axes) -> Region:
@@ -109,17 +108,13 @@ class Search:
             best = _plus(best, self._best[child])
         self._tally[node] = tally
         self.axes[node] = self._entries(node)
-        for entry, axes in self.axes[node].items():
-            if not is_tensor(node) or not self._dies(entry, node):
+        for entry, axes in reversed(self.axes[node].items()):  # of equals the one that changes least
+            if not is_tensor(node) or not self.dies(entry, node):
                 continue
             if set(rules.live_operands(node, self.scope.constant)) == {entry}:
                 continue  # one call is what it is
             region = self.region(entry, node, axes)
-            try:
-                found = options(region)
-            except NoFold:
-                continue
-            option = next((o for o in found if objection(region, o, self.growth) is None), None)
+            option = cheapest(region, self.growth)
             if option is None:
                 continue
             whole = score(option.cost)
@@ -159,7 +154,8 @@ class Search:
         """The axes from an entry to a value that it leads to; to itself they are its own."""
         return self.scope.entry_axes(entry) if entry is node else self.axes[node][entry]
 
-    def _dies(self, entry: fx.Node, node: fx.Node) -> bool:
+    def dies(self, entry: fx.Node, node: fx.Node) -> bool:
+        """Whether all that lies between an entry and a call dies with the call."""
         return entry in self._dying.get(node, ())
 
     def _interior_dies(self, entry: fx.Node, node: fx.Node, operands: list[fx.Node]) -> bool:
@@ -199,6 +195,17 @@ class Search:
             for entry, _ in members:
                 if all(entry is not other for other, _ in kept):
                     del found[entry]
+
+
+def cheapest(region: Region, growth: float) -> Option | None:
+    """The cheapest form of a region that is worth it, if there is one."""
+    try:
+        found = list(options(region))
+    except NoFold:
+        found = []
+    found += preshifted(region)
+    paying = [option for option in found if objection(region, option, growth) is None]
+    return min(paying, key=lambda option: score(option.cost), default=None)
 
 
 def is_entry(scope: Scope, node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.choice import DEFAULT_PARAM_GROWTH
 from graphsurgery.affine.coefficients import DEFAULT_BUDGET, Coefficients, fill
+from graphsurgery.affine.dissolve import dissolved
 from graphsurgery.affine.emit import emit
 from graphsurgery.affine.outlook import Declined, outlook
 from graphsurgery.affine.region import Scope
@@ -56,7 +57,8 @@ class FoldAffine(Pass):
         scope = Scope(work)
         changes: list[Change] = []
         refusals: list[Refusal] = []
-        for fold in Search(scope, self.max_param_growth).folds():
+        search = Search(scope, self.max_param_growth)
+        for fold in dissolved(search, search.folds()):
             outcome = self._fold(fold)
             (changes if isinstance(outcome, Change) else refusals).insert(0, outcome)  # type: ignore[arg-type]
         if changes:

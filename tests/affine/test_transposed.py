@@ -251,6 +251,15 @@ def test_a_shift_before_a_transposed_conv_becomes_a_map_where_that_pays() -> Non
     assert [tuple(b.shape) for b in restore(result.graph_module).buffers()] == [(1, 1, 8, 8)]
 
 
+def test_a_norm_before_a_transposed_conv_becomes_one_shift_of_its_input() -> None:
+    model = seeded(lambda: nn.BatchNorm2d(4), lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2))
+    result = fold(model, torch.randn(2, 4, 9, 9))
+    assert ops(result.graph_module) == ["add", "conv_transpose2d"]
+    gain = model[0].weight / torch.sqrt(model[0].running_var + model[0].eps)
+    layer = restore(result.graph_module).get_submodule("1")
+    torch.testing.assert_close(layer.weight, model[1].weight * gain.reshape(-1, 1, 1, 1))
+
+
 def test_branches_of_transposed_convs_become_one() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -303,9 +312,9 @@ def test_folds_around_convs_that_reach_far_outside(conv: dict[str, Any], size: i
 
 
 def test_folds_a_conv_over_the_whole_map_with_the_linear_behind_it() -> None:
-    """A window with one position leaves nothing to carry through the view."""
+    """A window with one position passes through the view."""
     model = seeded(lambda: nn.Conv2d(3, 40, 4), lambda: nn.Flatten(), lambda: nn.Linear(40, 5))
-    assert ops(fold(model, torch.randn(2, 3, 4, 4)).graph_module) == ["reshape", "linear"]
+    assert ops(fold(model, torch.randn(2, 3, 4, 4)).graph_module) == ["conv2d", "reshape"]
 
 
 # -- 2. what stays ---------------------------------------------------------------------------------------
@@ -324,7 +333,7 @@ def test_refuses_a_window_over_what_strides_have_spread(reader: Callable[[], nn.
 
 
 def test_refuses_a_map_of_shifts_that_costs_more_than_it_saves() -> None:
-    model = seeded(lambda: nn.BatchNorm2d(4), lambda: nn.ConvTranspose2d(4, 3, 3, 2, 1, 1))
+    model = seeded(lambda: nn.Conv2d(4, 4, 1), lambda: nn.ConvTranspose2d(4, 3, 3, 2, 1, 1))
     result = fold(model, torch.randn(2, 4, 9, 9))
     assert not result.changes
     assert codes(result) == ["costs-more"]
