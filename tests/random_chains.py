@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -68,8 +68,16 @@ def warmed(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
-    """A chain of affine layers in evaluation mode, float64, and an input of batch 2."""
+def random_chain(
+    seed: int, length: int = 4, kinds: Collection[str] | None = None
+) -> tuple[nn.Module, torch.Tensor]:
+    """A chain of affine layers in evaluation mode, float64, and an input of batch 2.
+
+    Args:
+        seed: of the layers and their weights.
+        length: number of layers.
+        kinds: draw only layers of these kinds, where the rank has some of them.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rank = rng.choice([0, 1, 1, 2, 2, 2, 3])
@@ -80,7 +88,7 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
     layers: list[nn.Module] = []
     shape = x.shape
     while len(layers) < length:
-        layer = _layer(rng, tuple(shape))
+        layer = _layer(rng, tuple(shape), kinds)
         if layer is None:
             continue
         layer = layer.double().eval()
@@ -96,11 +104,13 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(*layers).eval(), x
 
 
-def _layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+def _layer(rng: random.Random, shape: tuple[int, ...], only: Collection[str] | None) -> nn.Module | None:
     rank = len(shape) - 2
     kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit", "zeros"]
     kinds += ["conv", "conv", "conv", "pool"] if 1 <= rank <= 3 else []
     kinds += ["conv-transpose", "conv-transpose"] if 1 <= rank <= 3 else []
+    if only is not None:
+        kinds = [kind for kind in kinds if kind in only] or kinds
     kind = rng.choice(kinds)
     match kind:
         case "constant":

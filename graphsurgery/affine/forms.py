@@ -91,8 +91,11 @@ def _pointwise(roles: Roles) -> list[Form]:
         raise NoFold("structure", "it reads windows or groups")
     forms = []
     shared = set(roles.shared)
-    for grouping in dict.fromkeys((roles.entry, roles.exit)):
-        lead = tuple(d for d in (tuple(a for a in dim if a in shared) for dim in grouping) if d)
+    leads = (
+        tuple(d for d in (tuple(a for a in dim if a in shared) for dim in grouping) if d)
+        for grouping in (roles.entry, roles.exit)
+    )
+    for lead in dict.fromkeys(leads):
         into, out = (*lead, roles.gone), (*lead, roles.fresh)
         forms.append(finish(roles, "linear", into, out, _linear(roles, out)))
     return forms
