@@ -256,7 +256,9 @@ def _grouped(roles: Roles) -> list[Form]:
     lead = tuple(a for a in (roles.entry[0] if roles.entry else ()) if a in shared)
     rest = [tuple(a for a in dim if a in shared or a in roles.windowed) for dim in roles.entry[1:]]
     natural = [dim for dim in rest if dim]
-    if all(len(dim) == 1 or not set(dim) & set(roles.windowed) for dim in natural):
+    windowed = set(roles.windowed)
+    leads = bool(roles.entry) and bool(windowed & set(roles.entry[0]))  # no convolution runs over its batch
+    if not leads and all(len(dim) == 1 or not set(dim) & windowed for dim in natural):
         options = [(lead, natural)]
     else:
         options = []
