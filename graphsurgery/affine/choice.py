@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.forms import Form, candidates
-from graphsurgery.affine.program import Pad, Permute, Reshape
+from graphsurgery.affine.program import Pad, Permute, Reshape, Take
 from graphsurgery.affine.program import cost as program_cost
 from graphsurgery.affine.region import Region
 from graphsurgery.cost import Cost
@@ -72,8 +72,8 @@ def _symbolic_views(region: Region, form: Form) -> bool:
 
 
 def movements(form: Form) -> int:
-    """Number of views, permutes and pads in a form's program."""
-    return sum(isinstance(step, (Reshape, Permute, Pad)) for step in form.steps)
+    """Number of views, slices, permutes and pads in a form's program."""
+    return sum(isinstance(step, (Reshape, Permute, Pad, Take)) for step in form.steps)
 
 
 def objection(region: Region, option: Option, max_param_growth: float) -> str | None:

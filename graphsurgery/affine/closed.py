@@ -33,6 +33,7 @@ from graphsurgery.values import tensor_meta
 
 _ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
 _PLAIN = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous", "detach", "_to_copy", "to"})
+_PARTS = frozenset({"slice", "select"})
 _PERMUTES = frozenset({"permute", "movedim", "transpose"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 _SUMS = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "rsub": (-1.0, 1.0)}
@@ -195,7 +196,8 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     carried = [i for i, axis in enumerate(walk.spatial) if not _windowed(form.axes, axis)]
     weight = weight.squeeze([2 + i for i in carried])
     order = [which for which in form.spatial if which is not None]
-    weight = weight.permute(0, 1, *(2 + which for which in order))
+    if order:
+        weight = weight.permute(0, 1, *(2 + which for which in order))
     if weight.numel() != prod(form.slots["weight"]):
         return None
     weight = weight.reshape(form.slots["weight"])
@@ -272,6 +274,8 @@ class _Walk:
             return None
         if name in _PLAIN:
             return first
+        if name in _PARTS:
+            return self._part(node, first)
         if name in _PERMUTES:
             order = permutation(node, operands[0])
             return _Value(first.kernel, tuple(first.layout[i] for i in order))
@@ -284,6 +288,24 @@ class _Walk:
         else:
             return None
         return None if found is None else _Value(found, first.layout)
+
+    def _part(self, node: fx.Node, value: _Value) -> _Value | None:
+        """Some positions of an axis, or one, which drops it: the taps move."""
+        args: tuple[Any, ...] = (*node.args, *(None,) * 5)
+        dim = int(args[1] or 0) % len(value.layout)
+        axis = value.layout[dim]
+        single = op_name(node) == "select"
+        size = self.scope.shape(node.all_input_nodes[0])[dim]
+        start, step = args[2] or 0, 1 if single else args[4] or 1
+        if axis == self.channel or node.kwargs or not isinstance(start, int) or not isinstance(step, int):
+            return None
+        start = start + size if start < 0 else start
+        place = self.spatial.index(axis)
+        s, lo, distance = value.kernel.reads[place]
+        moved = list(value.kernel.reads)
+        moved[place] = (s * step, lo + s * start, distance)
+        layout = value.layout[:dim] + value.layout[dim + 1 :] if single else value.layout
+        return _Value(replace(value.kernel, reads=tuple(moved)), layout)
 
     def _sum(self, node: fx.Node, live: list[_Value], operands: list[fx.Node]) -> Kernel | None:
         left, right = _SUMS[op_name(node)]

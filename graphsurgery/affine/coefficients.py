@@ -84,6 +84,8 @@ def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
     """`K[v, f, g, *taps]` as the layer's weight; a carried axis of a convolution has one tap."""
     windows = [which for which in form.spatial if which is not None]
     channels = (0, 2, 1) if form.transposed else (0, 1, 2)
+    if not form.spatial:  # a Linear: windows are single positions that are taken before it
+        return kernel.permute(*channels, *range(3, kernel.dim())).reshape(form.slots["weight"]).contiguous()
     kernel = kernel.permute(*channels, *(3 + which for which in windows))
     return kernel.reshape(form.slots["weight"]).contiguous()
 
