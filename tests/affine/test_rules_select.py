@@ -162,6 +162,23 @@ def test_a_part_of_a_batch_of_fixed_size_is_a_window_too() -> None:
     assert certified(region) >= {"conv1d", "linear"}
 
 
+VECTORS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
+    "mv": (lambda x, v: torch.mv(x, v), (3, 5), (5,)),
+    "addmv": (lambda x, v: torch.addmv(v[:1], x, v, beta=2, alpha=3), (3, 5), (5,)),
+    "mv-of-a-vector": (lambda x, m: torch.mv(m, x), (5,), (4, 5)),
+    "dot": (lambda x, v: torch.dot(x, v), (5,), (5,)),
+    "matrices-of-a-vector": (lambda x, m: x @ m, (5,), (2, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_every_form_of_a_product_with_a_vector_is_right(name: str) -> None:
+    function, entry, constant = VECTORS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(entry[-1], 5), With(function, numbers(*constant))).double()
+    assert "linear" in certified(region_of(model, numbers(*entry)))
+
+
 # -- what is known of the axes
 
 
