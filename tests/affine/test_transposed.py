@@ -274,6 +274,20 @@ def test_branches_of_transposed_convs_become_one() -> None:
     assert result.changes[0].parameters == ("0.wide.weight", "0.wide.bias")
 
 
+def test_branches_that_leave_a_single_position_are_exact() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.ConvTranspose1d(4, 4, 2, 1, 1, groups=4), nn.BatchNorm1d(4)
+            self.second = nn.ConvTranspose1d(4, 4, 2, 1, 1, groups=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.first(x)) + self.second(x)
+
+    kind, _ = certified(seeded(Model), torch.randn(2, 4, 2))
+    assert kind in ("conv1d", "conv_transpose1d")
+
+
 def test_small_maps_that_views_fix_are_read_from_several_positions() -> None:
     """On a 2x2 map no position writes all taps of a 4x4 kernel inside of the output."""
     model = seeded(
