@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
+from graphsurgery.errors import PassError
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, operand_tensors, tensor_meta
 
 # fmt: off
@@ -106,6 +107,50 @@ class Cost:
         """One line for refusals and tables."""
         macs = f"{self.macs:,} MACs, {self.elementwise:,} elementwise"
         return f"{macs}, {self.params:,} parameters, {self.nodes} nodes"
+
+
+Score = tuple[float, ...]
+
+
+class CostModel(Protocol):
+    """What is cheaper than what."""
+
+    @property
+    def name(self) -> str:
+        """Name for reports."""
+
+    def score(self, cost: Cost) -> Score:
+        """Figures to minimise, first figure first.
+
+        The figures of several pieces are added, so each must be additive; and every length the same.
+        """
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    """The default: floating-point operations plus moved elements, then nodes, then parameters."""
+
+    name: str = "flops"
+
+    def score(self, cost: Cost) -> Score:
+        """(operations and moved elements, nodes, parameters)."""
+        return (cost.flops + cost.moved, cost.nodes, cost.params)
+
+
+FLOPS = FlopsModel()
+
+
+def cost_model(wanted: str | CostModel) -> CostModel:
+    """A cost model by name, or the one given.
+
+    Raises:
+        PassError: there is none of that name.
+    """
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted != FLOPS.name:
+        raise PassError(f"there is no cost model named {wanted!r}; expected {FLOPS.name!r} or a CostModel")
+    return FLOPS
 
 
 def op_name(node: fx.Node) -> str:

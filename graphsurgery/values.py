@@ -146,8 +146,8 @@ def _hint(size: torch.SymInt, symbol: sympy.Symbol) -> int:
     env = size.node.shape_env
     for table in ("backed_var_to_val", "var_to_val"):
         values = getattr(env, table, None)
-        if values is not None and symbol in values:
-            return int(values[symbol])
+        if values is not None:  # the second name is that of older versions, and warns in newer ones
+            return int(values.get(symbol, 2))
     return 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -67,6 +67,24 @@ class MatMul(nn.Module):
         return self.matrix @ x if self.left else x @ self.matrix
 
 
+class With(nn.Module):
+    """A function of a value and constants."""
+
+    def __init__(
+        self, function: Callable[..., torch.Tensor], *constants: torch.Tensor, text: str = ""
+    ) -> None:
+        super().__init__()
+        self.function, self.count, self.text = function, len(constants), text
+        for i, constant in enumerate(constants):
+            self.register_buffer(f"constant{i}", constant)
+
+    def extra_repr(self) -> str:
+        return self.text
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, *(getattr(self, f"constant{i}") for i in range(self.count)))
+
+
 def warmed(norm: nn.Module) -> nn.Module:
     """A batch norm with statistics that are not trivial, some scales negative."""
     with torch.no_grad():
@@ -77,8 +95,16 @@ def warmed(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
-    """A chain of affine layers in evaluation mode, float64, and an input of batch 2."""
+def random_chain(
+    seed: int, length: int = 4, kinds: Collection[str] | None = None
+) -> tuple[nn.Module, torch.Tensor]:
+    """A chain of affine layers in evaluation mode, float64, and an input of batch 2.
+
+    Args:
+        seed: of the layers and their weights.
+        length: number of layers.
+        kinds: draw only layers of these kinds, where the rank has some of them.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rank = rng.choice([0, 1, 1, 2, 2, 2, 3])
@@ -89,7 +115,7 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
     layers: list[nn.Module] = []
     shape = x.shape
     while len(layers) < length:
-        layer = random_layer(rng, tuple(shape))
+        layer = random_layer(rng, tuple(shape), kinds)
         if layer is None:
             continue
         layer = layer.double().eval()
@@ -98,21 +124,34 @@ def random_chain(seed: int, length: int = 4) -> tuple[nn.Module, torch.Tensor]:
                 value = layer(torch.zeros(shape, dtype=torch.float64))
         except RuntimeError:  # a window larger than what there is
             continue
-        if value.numel() > 4000 or 0 in value.shape or value.shape[0] != 2:
+        if value.numel() > 4000 or 0 in value.shape or value.shape[0] != 2 or value.dim() < 2:
             continue
         shape = value.shape
         layers.append(layer)
     return nn.Sequential(*layers).eval(), x
 
 
-def random_layer(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+def random_layer(
+    rng: random.Random, shape: tuple[int, ...], only: Collection[str] | None = None
+) -> nn.Module | None:
     """An affine layer for values of the given shape (batch first), or None where the draw does not fit."""
     rank = len(shape) - 2
     kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit", "zeros"]
-    kinds += ["conv", "conv", "conv", "pool"] if 1 <= rank <= 3 else []
+    kinds += ["part", "copy", "product"]
+    kinds += ["conv", "conv", "conv", "conv", "pool", "resample"] if 1 <= rank <= 3 else []
     kinds += ["conv-transpose", "conv-transpose"] if 1 <= rank <= 3 else []
+    if only is not None:
+        kinds = [kind for kind in kinds if kind in only] or kinds
     kind = rng.choice(kinds)
     match kind:
+        case "part":
+            return _part(rng, shape)
+        case "copy":
+            return _copy(rng, shape)
+        case "product":
+            return _product(rng, shape)
+        case "resample":
+            return _resample(rng, shape)
         case "constant":
             op = rng.choice(["mul", "rmul", "add", "sub", "rsub", "div", "neg"])
             trailing = shape[rng.randint(1, len(shape)) :]
@@ -197,6 +236,104 @@ def _conv_transpose(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | N
     make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
     bias = rng.random() < 0.6
     return make(channels, out, kernel, stride, padding, extra, groups, bias, dilation)
+
+
+def _part(rng: random.Random, shape: tuple[int, ...]) -> nn.Module:
+    """A slice, one position, or positions by an index."""
+    axis = rng.randint(1, len(shape) - 1)
+    size = shape[axis]
+    start = rng.randrange(size)
+    stop = rng.randint(start + 1, size)
+    match rng.choice(["slice", "slice", "step", "narrow", "select", "index", "indices"]):
+        case "slice":
+            end = rng.choice([stop, stop - size if stop < size else None])
+            return Call(
+                lambda x: x[(slice(None),) * axis + (slice(start, end),)], f"axis {axis}, {start}:{end}"
+            )
+        case "step":
+            step = rng.choice([2, 3])
+            return Call(
+                lambda x: x[(slice(None),) * axis + (slice(start, None, step),)],
+                f"axis {axis}, {start}::{step}",
+            )
+        case "narrow":
+            return Call(
+                lambda x: x.narrow(axis, start, stop - start), f"narrow {axis}, {start}, {stop - start}"
+            )
+        case "select":
+            return Call(lambda x: x.select(axis, start if stop < size else -1), f"select {axis}")
+        case "index":
+            return With(
+                lambda x, i: x.index_select(axis, i),
+                torch.randint(size, (rng.choice([1, 3]),)),
+                text=f"index_select {axis}",
+            )
+    index = torch.randint(-size, size, rng.choice([(3,), (2, 2)]) if len(shape) < 5 else (2,))
+    return With(lambda x, i: x[(slice(None),) * axis + (i,)], index, text=f"index {axis}, {index.tolist()}")
+
+
+def _copy(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    """Repeats and shuffles of positions and channels."""
+    axis = rng.randint(1, len(shape) - 1)
+    match rng.choice(["expand", "repeat", "interleave", "flip", "roll", "pixels", "unpixels", "channels"]):
+        case "expand" if 1 in shape[1:]:
+            sizes = [-1, *(rng.choice([1, 3]) if n == 1 else n for n in shape[1:])]
+            return Call(lambda x: x.expand(sizes), f"expand {sizes}")
+        case "repeat":
+            times = [1] * len(shape)
+            times[axis] = 2
+            return Call(lambda x: x.repeat(times), f"repeat {times}")
+        case "interleave":
+            return Call(lambda x: x.repeat_interleave(2, axis), f"repeat_interleave 2, {axis}")
+        case "flip":
+            return Call(lambda x: x.flip(axis), f"flip {axis}")
+        case "roll":
+            places = rng.choice([1, -2])
+            return Call(lambda x: x.roll(places, axis), f"roll {places}, {axis}")
+        case "pixels" if len(shape) >= 4 and shape[-3] % 4 == 0:
+            return nn.PixelShuffle(2)
+        case "unpixels" if len(shape) >= 4 and shape[-2] % 2 == shape[-1] % 2 == 0:
+            return nn.PixelUnshuffle(2)
+        case "channels" if len(shape) >= 3 and shape[1] % 2 == 0:
+            return nn.ChannelShuffle(2)
+    return None
+
+
+def _product(rng: random.Random, shape: tuple[int, ...]) -> nn.Module:
+    """An einsum with a constant, or a product with a vector; the batch comes first."""
+    if rng.random() < 0.3:
+        left = len(shape) > 2 and rng.random() < 0.5
+        vector = torch.randn(shape[-2] if left else shape[-1], dtype=torch.float64)
+        return With((lambda x, v: v @ x) if left else (lambda x, v: x @ v), vector, text="@ vector")
+    labels = "abcd"[: len(shape) - 1]
+    met = [label for label in labels if rng.random() < 0.5]
+    kept = [label for label in labels if rng.random() < 0.6]
+    sizes = {**dict(zip(labels, shape[1:], strict=True)), "z": 3}
+    if rng.random() < 0.6:
+        met, kept = [*met, "z"], [*kept, "z"]
+    met, kept = rng.sample(met, len(met)), rng.sample(kept, len(kept))
+    equation = f"n{labels},{''.join(met)}->n{''.join(kept)}"
+    constant = torch.randn([sizes[label] for label in met], dtype=torch.float64)
+    return With(lambda x, c: torch.einsum(equation, x, c), constant, text=f"einsum {equation}")
+
+
+def _resample(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    """Interpolation, pads that repeat positions, and running sums."""
+    rank = len(shape) - 2
+    match rng.choice(["nearest", "smooth", "pad", "cumsum"]):
+        case "nearest":
+            factor = rng.choice([2, 1, 3, 0.5])
+            return nn.Upsample(scale_factor=factor, mode=rng.choice(["nearest", "nearest-exact"]))
+        case "smooth":
+            mode = [["linear"], ["bilinear", "bicubic"], ["trilinear"]][rank - 1]
+            sizes = [rng.choice([n, n + 1, 2]) for n in shape[2:]]
+            return nn.Upsample(sizes, mode=rng.choice(mode), align_corners=rng.random() < 0.3)
+        case "pad":
+            pads = [rng.choice([0, 1]) for _ in range(2 * rank)]
+            mode = rng.choice(["reflect", "replicate", "circular"])
+            return Call(lambda x: nn.functional.pad(x, pads, mode), f"pad {pads}, {mode}")
+    axis = rng.randint(1, len(shape) - 1)
+    return Call(lambda x: x.cumsum(axis), f"cumsum {axis}")
 
 
 def _pool(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:

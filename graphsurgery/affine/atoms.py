@@ -219,8 +219,7 @@ class Axes:
         Raises:
             NoFold: a symbolic size would have to be mixed.
         """
-        # A window with a single position leaves no coordinate to carry: what it read are features.
-        axes = self.consume(atom for atom in self.atoms() if atom.size == 1)
+        axes: Axes = self
         queue = [atom for atom in self.atoms() if atom.size != 1]
         single = [atom for atom in self.atoms() if atom.size == 1 and not atom.fresh]
         dims: list[tuple[Atom, ...]] = []

@@ -13,20 +13,13 @@ from dataclasses import dataclass
 
 from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.forms import Form, candidates
-from graphsurgery.affine.program import Pad, Permute, Reshape
+from graphsurgery.affine.program import Pad, Permute, Reshape, Take
 from graphsurgery.affine.program import cost as program_cost
 from graphsurgery.affine.region import Region
 from graphsurgery.cost import Cost
 
-Score = tuple[int, int, int]
-
 DEFAULT_PARAM_GROWTH = 2.0
 """How many times the parameters of what it replaces a form may have, where it saves heavy multiplications."""
-
-
-def score(cost: Cost) -> Score:
-    """What the search adds up and minimises, first figure first."""
-    return (cost.flops + cost.moved, cost.nodes, cost.params)
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,9 @@ def options(region: Region) -> tuple[Option, ...]:
     found = scope.memory.get(key)
     if found is None:
         try:
-            found = tuple(sorted(_options(region, entry), key=lambda option: score(option.cost)))
+            found = tuple(
+                sorted(_options(region, entry), key=lambda option: scope.cost_model.score(option.cost))
+            )
         except NoFold as refusal:
             found = refusal
         scope.memory[key] = found
@@ -77,8 +72,8 @@ def _symbolic_views(region: Region, form: Form) -> bool:
 
 
 def movements(form: Form) -> int:
-    """Number of views, permutes and pads in a form's program."""
-    return sum(isinstance(step, (Reshape, Permute, Pad)) for step in form.steps)
+    """Number of views, slices, permutes and pads in a form's program."""
+    return sum(isinstance(step, (Reshape, Permute, Pad, Take)) for step in form.steps)
 
 
 def objection(region: Region, option: Option, max_param_growth: float) -> str | None:
@@ -89,7 +84,7 @@ def objection(region: Region, option: Option, max_param_growth: float) -> str | 
         option: the form.
         max_param_growth: how many times the parameters the form may have.
     """
-    before, after = region.tally.cost, option.cost
+    before, after, score = region.tally.cost, option.cost, region.scope.cost_model.score
     both = f"now {before}; as one {option.form.kind} {after}"
     if after.macs > before.macs:
         return f"folding would take more multiplications: {both}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -24,14 +24,17 @@ from torch import fx
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes, Window
 from graphsurgery.affine.forms import Form
-from graphsurgery.affine.program import Conv, Linear, Permute, Reshape
+from graphsurgery.affine.program import Conv, Linear
 from graphsurgery.affine.region import Region, Scope, is_heavy, runner
 from graphsurgery.affine.rules import ints
+from graphsurgery.affine.rules_movement import permutation
 from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 
 _ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
 _PLAIN = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous", "detach", "_to_copy", "to"})
+_PARTS = frozenset({"slice", "select"})
+_PERMUTES = frozenset({"permute", "movedim", "transpose"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
 _SUMS = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "rsub": (-1.0, 1.0)}
 
@@ -172,35 +175,44 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
 
     A map of shifts is not among them.
     """
-    if any(isinstance(step, (Reshape, Permute)) for step in form.steps) or form.axes.gone != region.axes.gone:
+    if "weight" not in form.slots or form.axes.gone != region.axes.gone or form.transposed:
         return None
-    layer = next((step for step in form.steps if isinstance(step, (Linear, Conv))), None)
-    heavy = [node for node in region.nodes if is_heavy(node)]
-    if layer is None or not heavy:
+    atoms = form.axes.atoms()
+    features = {atom.axis for atom in atoms if atom.carried and atom.varied} | {
+        a.axis for a in form.axes.gone
+    }
+    whole = len(form.axes.gone) <= 1 and sum(atom.fresh for atom in atoms) <= 1
+    if len(features) != 1 or not whole or not any(is_heavy(node) for node in region.nodes):
         return None
-    rank = len(layer.kernel) if isinstance(layer, Conv) else 0
-    shape = region.scope.shape(region.entry)
-    channel = 1 if rank else len(shape) - 1
-    if rank and len(shape) != rank + 2:
-        return None
-    kernel = _Walk(region.scope, channel, rank).kernel(region, region.scope.actual(shape[channel], 1))
-    if kernel is None:
-        return None
+    shape, (channel,) = region.scope.shape(region.entry), features
+    walk = _Walk(region.scope, channel, len(shape))
+    kernel = walk.kernel(region, region.scope.actual(shape[channel], 1))
+    layer = next(step for step in form.steps if isinstance(step, (Linear, Conv)))
     groups = layer.groups if isinstance(layer, Conv) else 1
-    windows = _windows(form.axes, rank)
-    if windows is None or kernel.groups % groups or not _holds(windows, kernel):
+    windows = _windows(form.axes, walk.spatial)
+    if kernel is None or windows is None or kernel.groups % groups or not _holds(windows, kernel):
         return None
     weight = kernel.regrouped(groups).on(windows).weight
-    if tuple(weight.shape) != tuple(form.slots["weight"]):
+    carried = [i for i, axis in enumerate(walk.spatial) if not _windowed(form.axes, axis)]
+    weight = weight.squeeze([2 + i for i in carried])
+    order = [which for which in form.spatial if which is not None]
+    if order:
+        weight = weight.permute(0, 1, *(2 + which for which in order))
+    if weight.numel() != prod(form.slots["weight"]):
         return None
+    weight = weight.reshape(form.slots["weight"])
     return {"weight": weight, "bias": kernel.bias} if "bias" in form.slots else {"weight": weight}
 
 
-def _windows(axes: Axes, rank: int) -> list[tuple[int, int, int, int]] | None:
+def _windowed(axes: Axes, axis: int) -> Window | None:
+    return next((a.window for a in axes.atoms() if a.axis == axis and a.window is not None), None)
+
+
+def _windows(axes: Axes, spatial: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
     """What the form reads along each spatial axis, as its axes say; None for transposed windows."""
     windows = []
-    for dim in axes.dims[len(axes.dims) - rank :]:
-        w = dim[0].window if dim else None
+    for axis in spatial:
+        w = _windowed(axes, axis)
         ordinary = w.ordinary() if w else Window(1, 1, 0, 0, 0)
         if ordinary is None:
             return None
@@ -216,20 +228,33 @@ def _holds(windows: Sequence[tuple[int, int, int, int]], kernel: Kernel) -> bool
     return True
 
 
+@dataclass(frozen=True)
+class _Value:
+    """A value on the walk: its kernel, and which entry axis each of its dimensions is."""
+
+    kernel: Kernel
+    layout: tuple[int, ...]
+
+
 class _Walk:
-    """Kernels of the values of a region, one call after the other."""
+    """Kernels of the values of a region, one call after the other.
+
+    Attributes:
+        channel: the entry axis that is mixed.
+        spatial: all other entry axes; kernels have a tap axis for each.
+    """
 
     def __init__(self, scope: Scope, channel: int, rank: int) -> None:
-        self.scope, self.channel, self.rank = scope, channel, rank
+        self.scope, self.channel = scope, channel
+        self.spatial = [axis for axis in range(rank) if axis != channel]
 
     def kernel(self, region: Region, channels: int) -> Kernel | None:
         """The kernel of the exit, or None where a call is not followed."""
-        known = {region.entry: Kernel.identity(channels, self.rank)}
+        rank = len(self.spatial)
+        known = {region.entry: _Value(Kernel.identity(channels, rank), tuple(range(rank + 1)))}
         uses = {o: node for node in region.nodes for o in rules.live_operands(node, self.scope.constant)}
         for node in region.nodes:
             live = rules.live_operands(node, self.scope.constant)
-            if not all(operand in known for operand in live):
-                return None
             found = self._step(node, [known[operand] for operand in live], live)
             if found is None:
                 return None
@@ -237,70 +262,109 @@ class _Walk:
             for operand in live:
                 if uses[operand] is node:
                     known.pop(operand, None)
-        return known[region.exit]
+        return known[region.exit].kernel
 
-    def _step(self, node: fx.Node, live: list[Kernel], operands: list[fx.Node]) -> Kernel | None:
+    def _step(self, node: fx.Node, live: list[_Value], operands: list[fx.Node]) -> _Value | None:
         name = op_name(node)
+        first = live[0]
         if len(live) == 2 and name in _SUMS:
-            shapes = {self.scope.shape(operand) for operand in operands}
-            left, right = _SUMS[name]
-            alpha: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
-            if len(shapes) > 1 or not isinstance(alpha, (int, float)):
-                return None
-            left, right = (left * alpha, right) if name == "rsub" else (left, right * alpha)
-            return live[0].plus(live[1], left, right)
+            kernel = self._sum(node, live, operands)
+            return None if kernel is None else _Value(kernel, first.layout)
         if len(live) != 1:
             return None
         if name in _PLAIN:
-            return live[0]
+            return first
+        if name in _PARTS:
+            return self._part(node, first)
+        if name in _PERMUTES:
+            order = permutation(node, operands[0])
+            return _Value(first.kernel, tuple(first.layout[i] for i in order))
         if name in _ELEMENTWISE:
-            return self._diagonal(node, operands[0], live[0])
-        if name == "linear" and not self.rank:
-            return self._linear(node, live[0])
-        if name in _CONVS and self.rank:
-            return self._conv(node, live[0])
-        return None
+            found = self._diagonal(node, operands[0], first)
+        elif name == "linear" and first.layout[-1] == self.channel:
+            found = self._linear(node, first.kernel)
+        elif name in _CONVS and first.layout[1] == self.channel:
+            found = self._conv(node, first)
+        else:
+            return None
+        return None if found is None else _Value(found, first.layout)
 
-    def _diagonal(self, node: fx.Node, operand: fx.Node, kernel: Kernel) -> Kernel | None:
+    def _part(self, node: fx.Node, value: _Value) -> _Value | None:
+        """Some positions of an axis, or one, which drops it: the taps move."""
+        args: tuple[Any, ...] = (*node.args, *(None,) * 5)
+        dim = int(args[1] or 0) % len(value.layout)
+        axis = value.layout[dim]
+        single = op_name(node) == "select"
+        size = self.scope.shape(node.all_input_nodes[0])[dim]
+        start, step = args[2] or 0, 1 if single else args[4] or 1
+        if axis == self.channel or node.kwargs or not isinstance(start, int) or not isinstance(step, int):
+            return None
+        start = start + size if start < 0 else start
+        place = self.spatial.index(axis)
+        s, lo, distance = value.kernel.reads[place]
+        moved = list(value.kernel.reads)
+        moved[place] = (s * step, lo + s * start, distance)
+        layout = value.layout[:dim] + value.layout[dim + 1 :] if single else value.layout
+        return _Value(replace(value.kernel, reads=tuple(moved)), layout)
+
+    def _sum(self, node: fx.Node, live: list[_Value], operands: list[fx.Node]) -> Kernel | None:
+        left, right = _SUMS[op_name(node)]
+        alpha: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
+        alike = live[0].layout == live[1].layout and len({self.scope.shape(o) for o in operands}) == 1
+        if not alike or not isinstance(alpha, (int, float)):
+            return None
+        left, right = (left * alpha, right) if op_name(node) == "rsub" else (left, right * alpha)
+        return live[0].kernel.plus(live[1].kernel, left, right)
+
+    def _diagonal(self, node: fx.Node, operand: fx.Node, value: _Value) -> Kernel | None:
         """A call that scales and shifts along the channels: seen on zeros and ones."""
-        rank = len(tensor_meta(node).shape)
-        if op_name(node) == "batch_norm" and self.channel != 1:
+        rank, channel = len(tensor_meta(node).shape), value.layout.index(self.channel)
+        if rank != len(value.layout) or (op_name(node) == "batch_norm" and channel != 1):
             return None
         for other in node.all_input_nodes:
             if other in self.scope.constant and op_name(node) != "batch_norm":
                 shape = self.scope.shape(other)
-                if any(n != 1 and rank - len(shape) + i != self.channel for i, n in enumerate(shape)):
+                if any(n != 1 and rank - len(shape) + i != channel for i, n in enumerate(shape)):
                     return None
         sizes = [1] * rank
-        sizes[self.channel] = kernel.weight.shape[0]
+        sizes[channel] = value.kernel.weight.shape[0]
         with torch.no_grad():
             run = runner(self.scope, operand, (node,), 1)
             shift = run(torch.zeros(sizes, dtype=torch.float64))
             scale = run(torch.ones(sizes, dtype=torch.float64)) - shift
-        return kernel.diagonal(scale.flatten(), shift.flatten())
+        return value.kernel.diagonal(scale.flatten(), shift.flatten())
 
     def _linear(self, node: fx.Node, kernel: Kernel) -> Kernel | None:
         weight = self._constant(node, 1, "weight")
         if weight is None or weight.dim() != 2:
             return None
-        return kernel.then(weight, self._bias(node, weight.shape[0]), 1, ())
+        rank = len(self.spatial)
+        return kernel.then(
+            weight.reshape(*weight.shape, *[1] * rank), self._bias(node, len(weight)), 1, ((1, 0, 1),) * rank
+        )
 
-    def _conv(self, node: fx.Node, kernel: Kernel) -> Kernel | None:
+    def _conv(self, node: fx.Node, value: _Value) -> Kernel | None:
         weight = self._constant(node, 1, "weight")
         if weight is None:
             return None
         call = rules.Call()
         call.node, call.sizes = node, self.scope.sizes
-        stride = ints(call.argument(3, "stride"), self.rank, 1)
-        dilation = ints(call.argument(5, "dilation"), self.rank, 1)
+        rank = weight.dim() - 2
+        stride = ints(call.argument(3, "stride"), rank, 1)
+        dilation = ints(call.argument(5, "dilation"), rank, 1)
         padding: Any = call.argument(4, "padding", 0)
         if padding == "same":
             zeros = tuple(d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:], strict=True))
         else:
-            zeros = ints(0 if padding == "valid" else padding, self.rank, 0)
-        reads = tuple((s, -zero, d) for s, zero, d in zip(stride, zeros, dilation, strict=True))
-        bias = self._bias(node, weight.shape[0])
-        return kernel.then(weight, bias, int(call.argument(6, "groups", 1)), reads)
+            zeros = ints(0 if padding == "valid" else padding, rank, 0)
+        reads, taps = [(1, 0, 1)] * len(self.spatial), [1] * len(self.spatial)
+        places = [self.spatial.index(axis) for axis in value.layout[2:]]
+        for i, place in enumerate(places):
+            reads[place], taps[place] = (stride[i], -zeros[i], dilation[i]), weight.shape[2 + i]
+        order = sorted(range(rank), key=places.__getitem__)
+        wide = weight.permute(0, 1, *(2 + i for i in order)).reshape(*weight.shape[:2], *taps)
+        groups = int(call.argument(6, "groups", 1))
+        return value.kernel.then(wide, self._bias(node, len(weight)), groups, reads)
 
     def _constant(self, node: fx.Node, index: int, name: str) -> torch.Tensor | None:
         value = node.args[index] if len(node.args) > index else node.kwargs.get(name)

@@ -84,6 +84,8 @@ def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
     """`K[v, f, g, *taps]` as the layer's weight; a carried axis of a convolution has one tap."""
     windows = [which for which in form.spatial if which is not None]
     channels = (0, 2, 1) if form.transposed else (0, 1, 2)
+    if not form.spatial:  # a Linear: windows are single positions that are taken before it
+        return kernel.permute(*channels, *range(3, kernel.dim())).reshape(form.slots["weight"]).contiguous()
     kernel = kernel.permute(*channels, *(3 + which for which in windows))
     return kernel.reshape(form.slots["weight"]).contiguous()
 
@@ -250,8 +252,10 @@ class _Probe:
         entry_sizes, exit_sizes = dict(roles.entry_sizes), dict(roles.exit_sizes)
         if roles.axes.pinned or not self.windows:
             return entry_sizes, exit_sizes
+        own = {dim[0] for dim in roles.exit if len(dim) == 1}
         for label, w in zip(roles.windowed, self.windows, strict=True):
-            if w.base != 1:  # a single position may stand for a dimension that the entry does not have
+            # A single position may stand for a dimension that the entry, or the exit, does not have.
+            if w.base != 1 and label in own:
                 entry_sizes[label] = w.probe_size()
         small = [prod(scope.actual(entry_sizes[a], 1) for a in dim) for dim in roles.entry]
         with torch.no_grad():

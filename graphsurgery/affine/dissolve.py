@@ -15,11 +15,11 @@ from torch import fx
 
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import NoFold
-from graphsurgery.affine.choice import Option, movements, options, score
+from graphsurgery.affine.choice import Option, movements, options
 from graphsurgery.affine.preshift import preshifted
 from graphsurgery.affine.region import Region, Tally
 from graphsurgery.affine.search import Fold, Search
-from graphsurgery.cost import Cost
+from graphsurgery.cost import Cost, Score
 from graphsurgery.values import is_tensor
 
 
@@ -66,7 +66,8 @@ def _dissolve(search: Search, node: fx.Node, covered: dict[fx.Node, Fold]) -> li
         if not found:
             return None
         branches[found[0].exit] = found
-    best: tuple[tuple[int, int, int], list[Fold]] | None = None
+    score = search.scope.cost_model.score
+    best: tuple[Score, list[Fold]] | None = None
     for entry in search.axes[node]:
         fold = covered.get(entry)
         if (fold is not None and fold.region.exit is not entry) or not search.dies(entry, node):
@@ -111,10 +112,11 @@ def _all(
     search: Search, entry: fx.Node, node: fx.Node, inner: Tally, branches: list[list[_Branch]]
 ) -> list[Fold] | None:
     """The cheapest form from an entry for every path behind a value, if they pay together."""
+    score = search.scope.cost_model.score
     shared = frozenset(search.scope.between(entry, node))
     before, chosen = inner, []
     for branch in branches:
-        found: list[tuple[int, _Branch, Region, Option]] = []
+        found: list[tuple[Score, _Branch, Region, Option]] = []
         for end in branch:
             axes = search.axes[end.exit].get(entry)
             if axes is None:
@@ -122,7 +124,7 @@ def _all(
             region = Region(search.scope, entry, end.exit, axes, end.tally, shared)
             option = _cheapest(region)
             if option is not None:
-                gain = score(option.cost)[0] - score(end.tally.cost)[0]
+                gain = score(option.cost - end.tally.cost)
                 found.append((gain, end, region, option))
         if not found:
             return None
@@ -146,7 +148,7 @@ def _cheapest(region: Region) -> Option | None:
     except NoFold:
         found = []
     found += preshifted(region)
-    return min(found, key=lambda option: score(option.cost), default=None)
+    return min(found, key=lambda option: region.scope.cost_model.score(option.cost), default=None)
 
 
 def _sum(chosen: Sequence[Option]) -> Cost:

@@ -22,6 +22,7 @@ from graphsurgery.affine.program import (
     Scale,
     Shift,
     Step,
+    Take,
 )
 from graphsurgery.affine.region import Region, is_heavy
 from graphsurgery.cost import op_name
@@ -188,6 +189,10 @@ def _call(
             return aten.reshape.default, (x, [-1 if _symbolic(n, region) else n for n in out])
         case Permute(order, _):
             return aten.permute.default, (x, list(order))
+        case Take(dim, start, stop, stride, single, _):
+            if single:
+                return aten.select.int, (x, dim, start)
+            return aten.slice.Tensor, (x, dim, start, stop, stride)
         case Pad(pads, _):
             return aten.constant_pad_nd.default, (x, [n for pair in reversed(pads) for n in pair], 0.0)
         case Linear(bias, _, _):

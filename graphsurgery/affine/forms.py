@@ -8,11 +8,12 @@ multiply-add; only movement a view or a permute.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
 
 from graphsurgery.affine.atoms import Atom, Axes, NoFold
 from graphsurgery.affine.forms_conv import grouped
-from graphsurgery.affine.program import Layout, Linear, Scale, Shape, Shift, moves
+from graphsurgery.affine.program import Layout, Linear, Scale, Shape, Shift, Step, Take, moves
 from graphsurgery.affine.roles import Form, Roles, broadcast, differing, finish, has_bias
 
 __all__ = ["Form", "Roles", "candidates"]
@@ -86,16 +87,47 @@ def _elementwise(roles: Roles) -> Form:
 
 
 def _pointwise(roles: Roles) -> list[Form]:
-    """A Linear over the gone digits, one application for each shared position."""
-    if roles.windowed or roles.varied:
+    """A Linear over the gone digits, one application for each shared position, some perhaps left out."""
+    if roles.varied or not all(_taken(roles, label) for label in roles.windowed):
         raise NoFold("structure", "it reads windows or groups")
+    entry, takes = _take(roles)
     forms = []
-    shared = set(roles.shared)
-    for grouping in dict.fromkeys((roles.entry, roles.exit)):
-        lead = tuple(d for d in (tuple(a for a in dim if a in shared) for dim in grouping) if d)
+    shared = {*roles.shared, *roles.windowed}
+    leads = (
+        tuple(d for d in (tuple(a for a in dim if a in shared) for dim in grouping) if d)
+        for grouping in (entry, roles.exit)
+    )
+    for lead in dict.fromkeys(leads):
         into, out = (*lead, roles.gone), (*lead, roles.fresh)
-        forms.append(finish(roles, "linear", into, out, _linear(roles, out)))
+        form = finish(roles, "linear", into, out, _linear(roles, out), entry)
+        forms.append(replace(form, steps=(*takes, *form.steps)))
     return forms
+
+
+def _taken(roles: Roles, label: int) -> bool:
+    """Whether a window is one tap that stays inside, over a dimension of the entry of its own."""
+    w = roles.atoms[label].window
+    alone = any(dim == (label,) for dim in roles.entry)
+    return w is not None and not w.transposed and w.taps == 1 and w.lo >= 0 and not w.outside and alone
+
+
+def _take(roles: Roles) -> tuple[Layout, list[Step]]:
+    """The entry's layout with only the positions that are read, and the steps that take them."""
+    layout: list[tuple[int, ...]] = list(roles.entry)
+    steps: list[Step] = []
+    sizes = [prod(roles.entry_sizes[a] for a in dim) for dim in layout]
+    for dim in reversed(range(len(layout))):
+        label = layout[dim][0] if len(layout[dim]) == 1 else -1
+        w = roles.atoms[label].window if label in roles.atoms else None
+        if w is None:
+            continue
+        count = roles.exit_sizes[label]
+        sizes[dim : dim + 1] = [count] if count > 1 else []
+        if count == 1:
+            del layout[dim]
+        stop = w.lo + w.s * (count - 1) + 1
+        steps.append(Take(dim, w.lo, stop, w.s, count == 1, tuple(sizes)))
+    return tuple(layout), steps
 
 
 def _linear(roles: Roles, out: Layout) -> tuple[Linear, dict[str, Shape]]:

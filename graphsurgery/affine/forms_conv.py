@@ -51,7 +51,8 @@ def _places(roles: Roles) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]
     natural = [dim for dim in rest if dim]
     own: list[tuple[int, ...]] = [(label,) for label in roles.windowed]
     options = [(roles.shared, own)]
-    if all(len(dim) == 1 or not set(dim) & set(roles.windowed) for dim in natural):
+    apart = all(len(dim) == 1 or not set(dim) & set(roles.windowed) for dim in natural)
+    if apart and (lead, natural) not in options:
         options.insert(0, (lead, natural))
     return options
 

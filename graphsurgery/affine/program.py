@@ -43,6 +43,18 @@ class Pad:
 
 
 @dataclass(frozen=True)
+class Take:
+    """Positions `start`, `start + step`, ... before `stop` of a dimension; a single one drops it."""
+
+    dim: int
+    start: int
+    stop: int
+    step: int
+    single: bool
+    out: Shape
+
+
+@dataclass(frozen=True)
 class Linear:
     """`x @ weight.T + bias` over the last dimension; slots `weight` (out, in) and `bias` (out)."""
 
@@ -96,7 +108,7 @@ class Shift:
     slot: str = "shift"
 
 
-Step = Reshape | Permute | Pad | Linear | Conv | ConvTranspose | Scale | Shift
+Step = Reshape | Permute | Pad | Take | Linear | Conv | ConvTranspose | Scale | Shift
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -120,6 +132,12 @@ def run(
                 x = x.permute(order)
             case Pad(pads, _):
                 x = F.pad(x, [n for pair in reversed(pads) for n in pair])
+            case Take(dim, start, stop, stride, single, _):
+                x = (
+                    x.select(dim, start)
+                    if single
+                    else x[(slice(None),) * dim + (slice(start, stop, stride),)]
+                )
             case Linear(bias, _, _):
                 x = F.linear(x, slots["weight"], slots["bias"] if bias else None)
             case Conv():
@@ -156,7 +174,7 @@ def cost(steps: Sequence[Step], slots: Mapping[str, Shape], per_sample: Callable
     for step in steps:
         out = prod(per_sample(size) for size in step.out)
         match step:
-            case Reshape():
+            case Reshape() | Take():
                 total += Cost(nodes=1)
             case Permute() | Pad():
                 total += Cost(moved=out, nodes=1)

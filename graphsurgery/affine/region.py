@@ -16,7 +16,7 @@ from torch import fx
 
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes
-from graphsurgery.cost import Cost, kind_of, node_cost, op_name
+from graphsurgery.cost import FLOPS, Cost, CostModel, kind_of, node_cost, op_name
 from graphsurgery.graph import get_attr_value
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 
@@ -70,12 +70,13 @@ class Scope:
         sizes: its symbols.
         constant: its constant nodes.
         primes: the primes that stand for symbolic sizes.
+        cost_model: what is cheaper than what.
         memory: what was found for regions with equal axes (see `choice.options`).
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, cost_model: CostModel = FLOPS) -> None:
         """Read symbols and constants off a graph."""
-        self.gm = gm
+        self.gm, self.cost_model = gm, cost_model
         self.sizes = Sizes(gm.graph)
         self.constant = constant_nodes(gm.graph)
         self.primes = tuple(self.sizes.primes)
@@ -151,6 +152,10 @@ class Scope:
                 int(shares),
             )
         return self._tallies[node]
+
+    def count_as(self, node: fx.Node, tally: Tally) -> None:
+        """Count a call as something else than its op says: a part of another call."""
+        self._tallies[node] = tally
 
     def params(self, nodes: Sequence[fx.Node]) -> tuple[int, bool]:
         """Numbers in the tensors that only the given calls read, and whether they read others too."""

@@ -154,10 +154,21 @@ def finish(
     into: Layout,
     out: Layout,
     layer: tuple[Linear | Conv | ConvTranspose, dict[str, Shape]],
+    taken: Layout | None = None,
 ) -> Form:
-    """Moves to the layer, the layer, a map of shifts where needed, and moves from it."""
+    """Moves to the layer, the layer, a map of shifts where needed, and moves from it.
+
+    Args:
+        roles: the atoms.
+        kind: of the form.
+        into: what the layer reads.
+        out: what it writes.
+        layer: the layer and its slots.
+        taken: the layout of the entry where only some of its positions are read, else None.
+    """
     step, slots = layer
-    steps: list[Step] = [*moves(roles.entry, into, roles.entry_sizes), step]
+    sizes = roles.entry_sizes if taken is None else {**roles.entry_sizes, **roles.exit_sizes}
+    steps: list[Step] = [*moves(roles.entry if taken is None else taken, into, sizes), step]
     if roles.axes.shifted and not has_bias(roles):
         slots = {**slots, "shift": broadcast(roles, out, differing(roles))}
         steps.append(Shift(step.out))

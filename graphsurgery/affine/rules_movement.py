@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphsurgery.affine.atoms import Atom, Axes, Dims, NoFold, size_of
 from graphsurgery.affine.rules import Step, ints, normal, pinned, rule
@@ -51,7 +52,7 @@ def view(step: Step) -> Axes:
 def permute(step: Step) -> Axes:
     """A permutation of the dimensions."""
     dims = step.axes.dims
-    return step.axes.with_dims(dims[i] for i in _order(step, len(dims)))
+    return step.axes.with_dims(dims[i] for i in permutation(step.node, step.live))
 
 
 @rule("expand", "expand_as")
@@ -162,11 +163,11 @@ def _may_squeeze_symbol(step: Step) -> bool:
     return any(step.axes.symbolic(atom) for axis in axes for atom in step.axes.dims[axis])
 
 
-def _order(step: Step, rank: int) -> tuple[int, ...]:
-    """Which dimension of the operand each dimension of the value is."""
+def permutation(node: fx.Node, operand: fx.Node) -> tuple[int, ...]:
+    """Which dimension of its operand each dimension of a permute is."""
     # Permutations act on positions alike whatever the tensor holds: let the op itself permute 1..rank.
+    rank = tensor_meta(operand).dim()
     marker = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    target: Any = step.node.target
-    args = tuple(marker if a is step.live else a for a in step.node.args)
-    moved = target(*args, **dict(step.node.kwargs))
+    target: Any = node.target
+    moved = target(*(marker if a is operand else a for a in node.args), **dict(node.kwargs))
     return tuple(normal(int(size) - 2, rank) for size in moved.shape)

@@ -23,10 +23,11 @@ from torch import fx
 
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes, NoFold
-from graphsurgery.affine.choice import Option, Score, objection, options, score
+from graphsurgery.affine.choice import Option, objection, options
 from graphsurgery.affine.dominance import PostDominators
 from graphsurgery.affine.preshift import preshifted
 from graphsurgery.affine.region import Region, Scope, Tally
+from graphsurgery.cost import Score
 from graphsurgery.values import is_tensor, tensor_meta
 
 _FEW = 4
@@ -103,7 +104,7 @@ class Search:
     def _visit(self, node: fx.Node) -> None:
         children = self._children[node]
         tally = sum((self._tally[child] for child in children), self.scope.tally(node))
-        best = score(self.scope.tally(node).cost)
+        best = self.scope.cost_model.score(self.scope.tally(node).cost)
         for child in children:
             best = _plus(best, self._best[child])
         self._tally[node] = tally
@@ -117,7 +118,7 @@ class Search:
             option = cheapest(region, self.growth)
             if option is None:
                 continue
-            whole = score(option.cost)
+            whole = self.scope.cost_model.score(option.cost)
             if self.dominators.dies_with(entry, node):
                 whole = _plus(whole, self._best[entry])
             if whole < best:
@@ -205,7 +206,7 @@ def cheapest(region: Region, growth: float) -> Option | None:
         found = []
     found += preshifted(region)
     paying = [option for option in found if objection(region, option, growth) is None]
-    return min(paying, key=lambda option: score(option.cost), default=None)
+    return min(paying, key=lambda option: region.scope.cost_model.score(option.cost), default=None)
 
 
 def is_entry(scope: Scope, node: fx.Node) -> bool:
@@ -218,4 +219,4 @@ def _empty(scope: Scope, node: fx.Node) -> bool:
 
 
 def _plus(a: Score, b: Score) -> Score:
-    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+    return tuple(x + y for x, y in zip(a, b, strict=True))

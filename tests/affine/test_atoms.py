@@ -104,3 +104,30 @@ def test_windows_compose_to_the_positions_that_both_read(first, second) -> None:
         assert read <= taps(composed.s, composed.lo, composed.hi, composed.step, p)
         assert min(read) == composed.s * p + composed.lo
         assert max(read) == composed.s * p + composed.hi
+
+
+def test_a_single_position_of_a_window_stays_known_when_its_dimension_is_dropped() -> None:
+    single = Atom(1, 2, window=Window(5, 1, 0, 4, 1))
+    axes = Axes.entry((BATCH, 6, 5), (BATCH,)).with_dim(2, (single,))
+    dropped = axes.drop(2)
+    assert dropped.dims == ((Atom(BATCH, 0), single), (Atom(6, 1),))
+    assert dropped.pinned
+    assert axes.reshape((BATCH, 2, 3)).dims[0] == (Atom(BATCH, 0), single)
+    assert axes.reshape((BATCH, 6)).entry_digits() == axes.entry_digits()
+    assert Axes.entry((5,), ()).with_dim(0, (single._replace(axis=0),)).drop(0).gone == (Atom(5, 0),)
+
+
+def test_what_has_one_position_neither_varies_nor_differs_along_it() -> None:
+    single = Atom(1, 1, window=Window(5, 1, 0, 4, 1))
+    axes = Axes.entry((2, 5), ()).with_dim(1, (single,))
+    assert axes.vary(1) == axes
+    assert axes.shift_along([1]).dims == axes.dims
+
+
+def test_shuffled_features_are_features_and_shuffled_positions_are_gone() -> None:
+    cause = ("reordered", "why")
+    features = Axes.entry((2, 5), ()).with_dim(1, (Atom(3), Atom(2))).shuffle(1, 4, cause)
+    assert features.dims[1] == (Atom(4),)
+    assert (features.gone, features.causes, features.pinned) == ((), (), False)
+    positions = Axes.entry((2, 5), ()).shuffle(1, 4, cause)
+    assert (positions.dims[1], positions.gone, positions.causes) == ((Atom(4),), (Atom(5, 1),), (cause,))

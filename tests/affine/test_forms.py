@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 import torch
@@ -17,11 +17,23 @@ from graphsurgery.affine.program import run as run_program
 from graphsurgery.affine.region import Region, Scope
 from graphsurgery.affine.search import Search
 from graphsurgery.capture import capture
+from graphsurgery.cost import op_name
+
+_DRAWN = (
+    *("slice", "select", "narrow", "index", "index_select", "expand", "repeat", "repeat_interleave", "flip"),
+    *("roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "einsum", "matmul", "pad", "cumsum"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_linear1d", "upsample_bilinear2d"),
+)
+
+CONVOLUTIONS = ("conv", "conv-transpose", "norm", "constant")
+"""Kinds of layers whose chains keep their positions."""
 
 
-def filled_forms(seed: int, budget: int = 1 << 22) -> Iterator[tuple[Region, Coefficients]]:
+def filled_forms(
+    seed: int, budget: int = 1 << 22, kinds: Collection[str] | None = None
+) -> Iterator[tuple[Region, Coefficients]]:
     """All forms, whatever they cost, of all stretches of a random chain."""
-    model, x = random_chain(seed, 2 + seed % 3)
+    model, x = random_chain(seed, 2 + seed % 3, kinds)
     for region in Search(Scope(capture(model, (x,))), 2.0).regions():
         try:
             found = options(region)
@@ -43,7 +55,7 @@ def perturbed(
     if not len(nonzero):
         return None
     # A coefficient that counts: among the larger ones, for a channel may hold some that cancel exactly.
-    large = nonzero[value.flatten()[nonzero].abs() >= 0.1 * value.abs().max()]
+    large = nonzero[counts[nonzero].abs() >= 0.1 * counts.abs().max()]
     chosen = large[torch.randint(len(large), (1,), generator=generator)]
     value.view(-1)[chosen] *= 1 + 1e-3
     return {**filled.slots, name: value}
@@ -61,16 +73,20 @@ def effective(region: Region, filled: Coefficients, name: str) -> torch.Tensor:
     return value.grad != 0
 
 
-def check(seeds: range) -> tuple[Counter[str], Counter[str]]:
-    """Certify all forms of some chains and count, by kind, forms seen and wrong ones caught."""
+def check(
+    seeds: range, kinds: Collection[str] | None = None
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Certify all forms of some chains and count, by kind, forms seen and wrong ones caught; and the ops."""
     seen: Counter[str] = Counter()
     caught: Counter[str] = Counter()
+    ops: Counter[str] = Counter()
     generator = torch.Generator().manual_seed(0)
     for seed in seeds:
-        for region, filled in filled_forms(seed):
+        for region, filled in filled_forms(seed, kinds=kinds):
             right = residual(region, filled.form, filled.slots)
             assert right <= LIMIT, (seed, [str(n) for n in region.nodes], filled.form.kind, right)
             seen[filled.form.kind] += 1
+            ops.update({op_name(node) for node in region.nodes})
             wrong = perturbed(region, filled, generator)
             if wrong is not None:
                 found = residual(region, filled.form, wrong)
@@ -81,24 +97,33 @@ def check(seeds: range) -> tuple[Counter[str], Counter[str]]:
                     slots = {**filled.slots, name: torch.zeros_like(filled.slots[name])}
                     assert residual(region, filled.form, slots) > LIMIT, (seed, name)
                     caught[name] += 1
-    return seen, caught
+    return seen, caught, ops
+
+
+# torch warns of the copy that it makes where an even kernel is padded to the same size.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+LAYERS = ("linear", *(f"{name}{rank}d" for name in ("conv", "conv_transpose") for rank in (1, 2, 3)))
 
 
 @pytest.mark.slow
 def test_every_form_of_random_chains_is_certified_and_a_wrong_one_is_not() -> None:
-    seen, caught = check(range(40))
+    seen, caught, ops = check(range(40))
+    more, found, _ = check(range(24), CONVOLUTIONS)
+    seen, caught = seen + more, caught + found
+    assert sum(name in ops for name in _DRAWN) > 6, ops
     # The sweep means something only if it reached every kind of form.
-    assert all(seen[kind] >= 2 for kind in ("linear", "conv1d", "conv2d", "conv3d", "scale", "movement"))
-    assert all(
-        caught[kind] >= 2 for kind in ("linear", "conv1d", "conv2d", "conv3d", "scale", "bias", "shift")
-    )
+    assert all(seen[kind] >= 4 for kind in (*LAYERS, "scale", "movement"))
+    assert all(caught[kind] >= 4 for kind in (*LAYERS, "scale", "bias", "shift"))
 
 
 @pytest.mark.sweep
 def test_every_form_of_many_random_chains() -> None:
-    seen, caught = check(range(40, 1000))
-    assert min(seen.values()) > 100
-    assert min(caught.values()) > 100
+    seen, caught, ops = check(range(40, 1000))
+    more, found, _ = check(range(24, 500), CONVOLUTIONS)
+    assert min((seen + more).values()) > 100
+    assert min((caught + found).values()) > 100
+    assert all(ops[name] for name in _DRAWN), ops
 
 
 def test_probing_in_small_chunks_gives_the_same_coefficients() -> None:

@@ -35,7 +35,7 @@ def random_layout(rng: random.Random, labels: list[int]) -> Layout:
 @pytest.mark.parametrize("seed", range(150))
 def test_moves_bring_any_layout_into_any_other(seed: int) -> None:
     rng = random.Random(seed)
-    sizes = {label: rng.choice([2, 3, 4]) for label in range(rng.randint(1, 4))}
+    sizes = {label: rng.choice([1, 2, 3, 4]) for label in range(rng.randint(1, 4))}
     source, target = random_layout(rng, list(sizes)), random_layout(rng, list(sizes))
     steps = moves(source, target, sizes)
     assert torch.equal(run(steps, {}, value_in(source, sizes), int), value_in(target, sizes))
@@ -54,3 +54,9 @@ def test_regrouping_is_one_view() -> None:
 def test_a_permutation_is_one_permute_also_around_a_dimension_of_one() -> None:
     assert moves(((0,), (), (1,)), ((0,), (1,), ()), {0: 2, 1: 3}) == (Reshape((2, 3, 1)),)
     assert moves(((0,), (1,), ()), ((1,), (0,), ()), {0: 2, 1: 3}) == (Permute((1, 0, 2), (3, 2, 1)),)
+
+
+def test_labels_of_size_one_may_lie_anywhere() -> None:
+    sizes = {0: 2, 1: 1, 2: 3}
+    assert moves(((0, 1), (2,)), ((0,), (2,), (1,)), sizes) == (Reshape((2, 3, 1)),)
+    assert moves(((0, 1), (2,)), ((2,), (1, 0)), sizes) == (Permute((1, 0), (3, 2)),)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from random_chains import Call, Constant, MatMul, warmed
 from torch import Tensor, fx, nn
 
-import graphsurgery.passes.fold_affine as fold_affine
+from graphsurgery.affine import write
 from graphsurgery.affine.certify import LIMIT
 from graphsurgery.affine.coefficients import Coefficients
 from graphsurgery.capture import capture
@@ -705,7 +705,7 @@ def test_changes_report_costs_and_nodes() -> None:
 )
 def test_detects_a_wrong_fold(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     """One coefficient off by 1e-3 of itself: the fold is dropped and the model stays as it was."""
-    right = fold_affine.fill
+    right = write.fill
 
     def wrong(*args: Any) -> Coefficients:
         filled = right(*args)
@@ -718,7 +718,7 @@ def test_detects_a_wrong_fold(build: Callable[[], nn.Module], monkeypatch: pytes
     x = torch.randn(2, 3, 6, 6)
     gm = capture(model, (x,))
     assert FoldAffine().run(gm).changes
-    monkeypatch.setattr(fold_affine, "fill", wrong)
+    monkeypatch.setattr(write, "fill", wrong)
     result = FoldAffine().run(gm)
     assert not result.changes
     assert "certificate" in codes(result)
@@ -856,7 +856,7 @@ def test_an_error_inside_costs_one_fold_and_not_the_others(monkeypatch: pytest.M
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
         )
     )
-    right, calls = fold_affine.fill, []
+    right, calls = write.fill, []
 
     def broken(*args: Any) -> Coefficients:
         calls.append(args)
@@ -864,7 +864,7 @@ def test_an_error_inside_costs_one_fold_and_not_the_others(monkeypatch: pytest.M
             raise RuntimeError("a bug")
         return right(*args)
 
-    monkeypatch.setattr(fold_affine, "fill", broken)
+    monkeypatch.setattr(write, "fill", broken)
     result = FoldAffine().run(capture(model, (torch.randn(2, 3, 9, 9),)))
     assert len(result.changes) == 1
     assert "internal" in codes(result)

@@ -1,0 +1,72 @@
+"""From a chosen fold to a changed graph: fill, certify, write. What fails on the way changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graphsurgery.affine.atoms import NoFold
+from graphsurgery.affine.certify import LIMIT, residual
+from graphsurgery.affine.coefficients import Coefficients, fill
+from graphsurgery.affine.emit import Emitted, emit
+from graphsurgery.affine.search import Fold
+from graphsurgery.values import tensor_meta
+
+
+@dataclass(frozen=True)
+class Written:
+    """A fold that was written.
+
+    Attributes:
+        emitted: the new calls and attributes.
+        residual: of its certificate.
+        detail: the kind of layer and how its coefficients were found.
+    """
+
+    emitted: Emitted
+    residual: float
+    detail: str
+
+
+def write(fold: Fold, memory_budget: int) -> Written:
+    """Fill, certify and write one fold into the graph of its region.
+
+    Args:
+        fold: the fold; of several, the one whose exit comes last is to be written first.
+        memory_budget: bytes that one chunk of probes may take.
+
+    Raises:
+        NoFold: the coefficients are not finite, do not fit the dtype, or fail the certificate; a bug of the
+            engine is refused in the same way (code `internal`). The graph is unchanged.
+    """
+    region = fold.region
+    try:
+        filled = fill(region, fold.option.form, memory_budget)
+        deviation = residual(region, filled.form, filled.slots)
+        _check(fold, filled, deviation)
+    except NoFold:
+        raise
+    except Exception as error:  # nothing is written yet: a bug costs one fold, not all
+        reason = f"the fold could not be computed ({type(error).__name__}: {error}); please report this"
+        raise NoFold("internal", reason) from error
+    detail = f"to {filled.form.kind}, coefficients by {filled.method}"
+    return Written(emit(region, filled), deviation, detail)
+
+
+def _check(fold: Fold, filled: Coefficients, deviation: float) -> None:
+    dtype = tensor_meta(fold.region.exit).dtype
+    for slot, value in filled.slots.items():
+        largest = float(torch.linalg.vector_norm(value, torch.inf)) if value.numel() else 0.0
+        if not largest < float("inf"):
+            raise NoFold(
+                "not-finite", f"the folded {slot} holds NaN or infinity, as the weights it comes from do"
+            )
+        if largest > torch.finfo(dtype).max:
+            raise NoFold("overflow", f"the folded {slot} reaches {largest:.1e}, which does not fit {dtype}")
+    if not deviation <= LIMIT:
+        raise NoFold(
+            "certificate",
+            f"the folded form deviates from the original by {deviation:.1e} in float64, expected at most "
+            f"{LIMIT:.0e}; please report this",
+        )
