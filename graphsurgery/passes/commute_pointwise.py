@@ -28,7 +28,7 @@ from graphsurgery.affine.pointwise import Layer, Mover, read_layer, read_mover
 from graphsurgery.affine.region import Scope, is_heavy
 from graphsurgery.affine.replay import draw, replay
 from graphsurgery.cost import Cost, node_cost, op_name
-from graphsurgery.graph import annotate, copy_graph_module
+from graphsurgery.graph import annotate, copy_graph_module, fake_mode
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 from graphsurgery.values import tensor_meta
 
@@ -280,43 +280,51 @@ def _write(
     """Write the swapped calls at the graph's insertion point; `outside` maps what they read."""
     made: list[fx.Node] = []
     value = outside(swap.entry)
-    # A layer that counts axes from the front needs those that a mean would take away.
-    deepest = max(layer.trailing for layer in swap.layers)
-    rank = tensor_meta(swap.entry).dim()
-
-    def add(source: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = graph.call_function(target, args, kwargs)
-        node.meta.update({key: source.meta[key] for key in _KEPT if key in source.meta})
-        annotate(gm, node)
-        made.append(node)
-        return node
-
-    def put_mover(mover: Mover) -> fx.Node:
-        node = mover.node
-        if mover.drops:
-            axes = sorted(mover.axes)
-            keep = any(axis >= rank - deepest for axis in axes) or _gone(swap) != axes
-            return add(node, node.target, (value, axes, keep), {})
-        return put(node, mover.live)
-
-    def put(node: fx.Node, live: fx.Node) -> fx.Node:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: value if n is live else outside(n))
-        return add(node, node.target, args, kwargs)
-
-    for mover in swap.movers if swap.layers_first else ():
-        value = put_mover(mover)
-    for layer in swap.layers:
-        value = put(layer.node, layer.live)
-    for mover in () if swap.layers_first else swap.movers:
-        value = put_mover(mover)
-    if tensor_meta(value).dim() > tensor_meta(swap.nodes[-1]).dim():
-        shape = tensor_meta(swap.nodes[-1]).shape
-        if sum(not isinstance(size, int) for size in shape) > 1:
-            add(swap.nodes[-1], aten.squeeze.dims, (value, _gone(swap)), {})
+    layers: tuple[Layer | Mover, ...] = swap.layers
+    for part in (*swap.movers, *layers) if swap.layers_first else (*layers, *swap.movers):
+        old = part.node
+        reads = {part.live: value}
+        node = graph.node_copy(old, lambda n: reads[n] if n in reads else outside(n))  # noqa: B023 (called here)
+        node.meta = _origin(old)
+        if isinstance(part, Mover) and not part.drops:
+            # Not traced: torch 2.14 cannot crop a value of symbolic batch, and says so at length.
+            node.meta["val"] = _resized(gm, tensor_meta(value), tensor_meta(old), part.axes)
         else:
-            sizes = [size if isinstance(size, int) else -1 for size in shape]
-            add(swap.nodes[-1], aten.reshape.default, (value, sizes), {})
+            if isinstance(part, Mover):
+                node.args = (value, sorted(part.axes), _keeps_rank(swap))
+            annotate(gm, node)
+        made.append(node)
+        value = node
+    wanted = swap.nodes[-1]
+    if tensor_meta(value).dim() > tensor_meta(wanted).dim():
+        sizes = [size if isinstance(size, int) else -1 for size in tensor_meta(wanted).shape]
+        if sizes.count(-1) > 1:
+            view = graph.call_function(aten.squeeze.dims, (value, _gone(swap)))
+        else:
+            view = graph.call_function(aten.reshape.default, (value, sizes))
+        view.meta = _origin(wanted) | {"val": wanted.meta["val"]}
+        made.append(view)
     return tuple(made)
+
+
+def _origin(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in _KEPT if key in node.meta}
+
+
+def _resized(
+    gm: fx.GraphModule, value: torch.Tensor, old: torch.Tensor, axes: frozenset[int]
+) -> torch.Tensor:
+    """What a call makes of another value: it decides the sizes of its own axes and keeps all others."""
+    sizes = [old.shape[i] if i in axes else size for i, size in enumerate(value.shape)]
+    with fake_mode(gm):
+        return torch.empty(sizes, dtype=old.dtype, device=old.device)
+
+
+def _keeps_rank(swap: _Swap) -> bool:
+    """Whether a mean has to keep its axes for the layers behind it, which count axes from the front."""
+    rank, axes = tensor_meta(swap.entry).dim(), sorted(swap.movers[-1].axes)
+    deepest = max(layer.trailing for layer in swap.layers)
+    return any(axis >= rank - deepest for axis in axes) or _gone(swap) != axes
 
 
 def _move(scope: Scope, swap: _Swap, before: Cost, after: Cost) -> Change | tuple[str, str]:
