@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.region import Scope
+from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["draw", "replay"]
@@ -58,6 +59,9 @@ def replay(
     last: Any = None
     with torch.no_grad():
         for node in nodes:
+            if op_name(node) in ("_to_copy", "to"):
+                last = known[node] = operand(node.all_input_nodes[0])  # no rounding in between
+                continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
             last = known[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
     if not isinstance(last, torch.Tensor):

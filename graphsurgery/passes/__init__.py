@@ -15,6 +15,8 @@ from graphsurgery.errors import PassError
 from graphsurgery.passes.commute_pointwise import CommutePointwise
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
+from graphsurgery.passes.fold_embedding import FoldEmbedding
+from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.rewrite.contracts import Pass
 from graphsurgery.rewrite.plugins import registered_passes
 
@@ -23,13 +25,21 @@ __all__ = [
     "CommutePointwise",
     "EliminateIdentity",
     "FoldAffine",
+    "FoldEmbedding",
+    "MergeSiblings",
     "available",
     "default_passes",
     "find",
     "select",
 ]
 
-ALL_PASSES: tuple[type[Pass], ...] = (EliminateIdentity, CommutePointwise, FoldAffine)
+ALL_PASSES: tuple[type[Pass], ...] = (
+    EliminateIdentity,
+    CommutePointwise,
+    FoldAffine,
+    FoldEmbedding,
+    MergeSiblings,
+)
 
 
 def available() -> dict[str, type[Pass]]:
