@@ -57,6 +57,25 @@ def test_cost_of(name: str) -> None:
     assert cost_of(build(), x) == expected
 
 
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda x: x.split(3, 1),
+        lambda x: x.split([1, 3], 1),
+        lambda x: x.chunk(2, -1),
+    ],
+    ids=["split", "split-with-sizes", "chunk"],
+)
+def test_a_split_copies_all_its_pieces(split: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    """No runtime but torch eager has views: ONNX Split writes every piece."""
+    cost = cost_of(Call(lambda x: split(torch.relu(x))[0]), IMAGE)
+    assert cost == Cost(0, 192, 192, 0, 2)
+
+
+def test_a_slice_is_a_view() -> None:
+    assert cost_of(Call(lambda x: torch.relu(x)[:, 1:3]), IMAGE).moved == 0
+
+
 def test_flops_are_two_per_multiplication_and_one_per_element() -> None:
     assert Cost(macs=10, elementwise=3).flops == 23
 
