@@ -20,9 +20,10 @@ from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.region import Scope, is_heavy
 from graphsurgery.affine.rules import ints, normal
 from graphsurgery.cost import op_name
+from graphsurgery.graph import get_attr_value
 from graphsurgery.values import is_tensor, tensor_meta
 
-__all__ = ["Layer", "Mover", "read_layer", "read_mover", "readers_of"]
+__all__ = ["Layer", "Mover", "memory_readers", "read_layer", "read_mover"]
 
 aten = torch.ops.aten
 _ELEMENTWISE = frozenset(
@@ -86,24 +87,24 @@ class Mover:
         return self.nodes[-1]
 
 
-def readers_of(scope: Scope, node: fx.Node) -> list[fx.Node]:
-    """The calls that read the tensor behind a `get_attr` node, under whatever name.
+def memory_readers(scope: Scope) -> dict[fx.Node, list[fx.Node]]:
+    """For each `get_attr` node of a tensor the calls that read that tensor, under whatever name.
 
     Tensors that share memory (a weight tied to another, a slice of one) count as one.
     """
-    tensors = [(n, _storage(scope, n)) for n in scope.gm.graph.nodes if n.op == "get_attr" and is_tensor(n)]
-    own = _storage(scope, node)
-    return list(dict.fromkeys(user for n, storage in tensors if storage == own for user in n.users))
+    nodes = [node for node in scope.gm.graph.nodes if node.op == "get_attr" and is_tensor(node)]
+    readers: dict[int, list[fx.Node]] = {}
+    for node in nodes:
+        readers.setdefault(_memory(scope, node), []).extend(node.users)
+    return {node: readers[_memory(scope, node)] for node in nodes}
 
 
-def _storage(scope: Scope, node: fx.Node) -> tuple[Any, int]:
-    owner: Any = scope.gm
-    for name in str(node.target).split("."):
-        owner = getattr(owner, name)
+def _memory(scope: Scope, node: fx.Node) -> int:
+    tensor = get_attr_value(scope.gm, str(node.target))
     try:
-        return owner.device, owner.untyped_storage()._cdata
-    except NotImplementedError:  # a tensor without memory of its own kind is only itself
-        return owner.device, id(owner)
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # a tensor without memory of the plain kind is only itself
+        return id(tensor)
 
 
 def read_layer(scope: Scope, node: fx.Node) -> Layer | None:

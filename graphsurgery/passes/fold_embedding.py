@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from graphsurgery.affine.certify import LIMIT, deviation
-from graphsurgery.affine.pointwise import read_layer, readers_of
+from graphsurgery.affine.pointwise import memory_readers, read_layer
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.replay import replay
 from graphsurgery.cost import Cost, node_cost, op_name
@@ -205,7 +205,8 @@ def _costs(scope: Scope, found: _Lookup) -> tuple[Cost, Cost]:
 
 def _objection(scope: Scope, found: _Lookup) -> tuple[str, str] | None:
     inside = _constants_behind(found.table)
-    readers = [user for leaf in inside if leaf.op == "get_attr" for user in readers_of(scope, leaf)]
+    known = memory_readers(scope)
+    readers = [user for leaf in inside for user in known.get(leaf, ())]
     readers += [user for node in inside for user in node.users]
     writer = next((node for node in (*inside, *readers) if _rescales(node)), None)
     if writer is not None:

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.certify import LIMIT, deviation
-from graphsurgery.affine.pointwise import readers_of
+from graphsurgery.affine.pointwise import memory_readers
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.replay import draw, replay
 from graphsurgery.cost import Cost, node_cost, op_name
@@ -84,6 +84,7 @@ class MergeSiblings(Pass):
 def _families(scope: Scope, refusals: list[Refusal]) -> list[tuple[fx.Node, ...]]:
     """Layers to merge, in graph order; what stands in the way of others is recorded."""
     layers = [node for node in scope.gm.graph.nodes if _is_layer(scope, node)]
+    readers = memory_readers(scope)
     families: list[tuple[fx.Node, ...]] = []
     for group in _grouped(layers, lambda node: _through_casts(node.args[0])):
         by_dtype = _grouped(group, lambda node: tensor_meta(node).dtype)
@@ -91,7 +92,7 @@ def _families(scope: Scope, refusals: list[Refusal]) -> list[tuple[fx.Node, ...]
             dtypes = ", ".join(sorted({str(tensor_meta(node).dtype) for node in group}))
             refusals.append(_refusal("dtype", group, f"they read one value as {dtypes}"))
         for siblings in _grouped(group, lambda node: node.args[0]):
-            families += _of_one_value(scope, siblings, refusals)
+            families += _of_one_value(readers, siblings, refusals)
     for group in _grouped(layers, lambda node: (_path(node).rpartition(".")[0], _geometry(node))):
         if _side_by_side(group):
             inputs = ", ".join(repr(str(node.args[0])) for node in group)
@@ -100,13 +101,13 @@ def _families(scope: Scope, refusals: list[Refusal]) -> list[tuple[fx.Node, ...]
 
 
 def _of_one_value(
-    scope: Scope, siblings: Sequence[fx.Node], refusals: list[Refusal]
+    readers: dict[fx.Node, list[fx.Node]], siblings: Sequence[fx.Node], refusals: list[Refusal]
 ) -> list[tuple[fx.Node, ...]]:
     found: list[tuple[fx.Node, ...]] = []
     alone: list[fx.Node] = []
     kin = _grouped(siblings, _geometry)
     for members in kin:
-        own = [node for node in members if _sole_reader(scope, node)]
+        own = [node for node in members if _sole_reader(readers, node)]
         if len(members) > 1 and len(own) < len(members):
             tied = [node for node in members if node not in own]
             refusals.append(
@@ -163,7 +164,7 @@ def _describe(node: fx.Node) -> str:
     return f"{node.name} {op_name(node)} {shape}"
 
 
-def _sole_reader(scope: Scope, node: fx.Node) -> bool:
+def _sole_reader(known: dict[fx.Node, list[fx.Node]], node: fx.Node) -> bool:
     """Whether nothing else reads the weight and bias of a layer, under any name."""
     stack = [value for value in node.args[1:3] if isinstance(value, fx.Node)]
     behind: set[fx.Node] = set()
@@ -172,7 +173,7 @@ def _sole_reader(scope: Scope, node: fx.Node) -> bool:
         if value not in behind:
             behind.add(value)
             stack += value.all_input_nodes
-    readers = {user for leaf in behind if leaf.op == "get_attr" for user in readers_of(scope, leaf)}
+    readers = {user for leaf in behind for user in known.get(leaf, ())}
     readers |= {user for value in behind for user in value.users}
     return readers <= behind | {node}
 
