@@ -17,6 +17,9 @@ class Constant(nn.Module):
         self.op = op
         self.register_buffer("value", value)
 
+    def extra_repr(self) -> str:
+        return f"{self.op}, {tuple(self.value.shape)}"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         match self.op:
             case "mul":
@@ -38,9 +41,12 @@ class Constant(nn.Module):
 class Call(nn.Module):
     """A function as a module."""
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], text: str = "") -> None:
         super().__init__()
-        self.function = function
+        self.function, self.text = function, text
+
+    def extra_repr(self) -> str:
+        return self.text
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(x)
@@ -53,6 +59,9 @@ class MatMul(nn.Module):
         super().__init__()
         self.left = left
         self.matrix = nn.Parameter(torch.randn(*((out, size) if left else (size, out))) / size**0.5)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.matrix.shape)}, left={self.left}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.matrix @ x if self.left else x @ self.matrix
@@ -101,7 +110,7 @@ def random_chain(
     layers: list[nn.Module] = []
     shape = x.shape
     while len(layers) < length:
-        layer = _layer(rng, tuple(shape), kinds)
+        layer = random_layer(rng, tuple(shape), kinds)
         if layer is None:
             continue
         layer = layer.double().eval()
@@ -117,7 +126,10 @@ def random_chain(
     return nn.Sequential(*layers).eval(), x
 
 
-def _layer(rng: random.Random, shape: tuple[int, ...], only: Collection[str] | None) -> nn.Module | None:
+def random_layer(
+    rng: random.Random, shape: tuple[int, ...], only: Collection[str] | None = None
+) -> nn.Module | None:
+    """An affine layer for values of the given shape (batch first), or None where the draw does not fit."""
     rank = len(shape) - 2
     kinds = ["constant", "linear", "matmul", "norm", "view", "permute", "dropout", "unit", "zeros"]
     kinds += ["part", "copy", "product"]
@@ -153,18 +165,18 @@ def _layer(rng: random.Random, shape: tuple[int, ...], only: Collection[str] | N
             if rng.random() < 0.5:
                 start = rng.randint(1, len(shape) - 1)
                 return nn.Flatten(start)
-            return Call(_regroup(rng, shape[1:]))
+            return _regroup(rng, shape[1:])
         case "permute":
             order = [0, *rng.sample(range(1, len(shape)), len(shape) - 1)]
-            return Call(lambda x: x.permute(order))
+            return Call(lambda x: x.permute(order), f"permute {order}")
         case "zeros":
             pads = [rng.choice([-1, 0, 0, 1, 2]) for _ in range(2 * (len(shape) - 1))]
-            return Call(lambda x: nn.functional.pad(x, pads))
+            return Call(lambda x: nn.functional.pad(x, pads), f"pad {pads}")
         case "unit":
             axis = rng.randint(1, len(shape))
             if axis < len(shape) and shape[axis] == 1:
-                return Call(lambda x: x.squeeze(axis))
-            return Call(lambda x: x.unsqueeze(axis)) if len(shape) < 5 else None
+                return Call(lambda x: x.squeeze(axis), f"squeeze {axis}")
+            return Call(lambda x: x.unsqueeze(axis), f"unsqueeze {axis}") if len(shape) < 5 else None
         case "dropout":
             return nn.Dropout(0.5)
         case "pool":
@@ -174,13 +186,15 @@ def _layer(rng: random.Random, shape: tuple[int, ...], only: Collection[str] | N
     return _conv(rng, shape)
 
 
-def _regroup(rng: random.Random, sizes: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _regroup(rng: random.Random, sizes: tuple[int, ...]) -> nn.Module:
     total = 1
     for n in sizes:
         total *= n
     divisors = [d for d in range(1, total + 1) if total % d == 0]
     first = rng.choice(divisors)
-    return lambda x: x.reshape(x.shape[0], first, total // first)
+    return Call(
+        lambda x: x.reshape(x.shape[0], first, total // first), f"reshape (N, {first}, {total // first})"
+    )
 
 
 def _conv(rng: random.Random, shape: tuple[int, ...]) -> nn.Module | None:

@@ -87,7 +87,7 @@ def _settle(scope: Scope, found: list[Swap], refusals: list[Refusal]) -> Change 
             paying.append((gain, swap, before, after))
     first: Refusal | None = None
     for gain, swap, before, after in sorted(paying, key=lambda item: item[0]):
-        blocked = _blocked(scope, swap, -gain[0])
+        blocked = _blocked(scope, swap, int(-gain[0]))
         outcome = _move(scope, swap, before, after) if blocked is None else blocked
         if isinstance(outcome, Change):
             return outcome

@@ -126,9 +126,20 @@ def test_refuses_weights_that_are_not_finite(value: float) -> None:
 
 
 def test_lets_an_infinite_mask_through() -> None:
+    """It stays as it is, and is looked at: one NaN in it, or the same values in a parameter, are refused."""
     model = nn.Linear(3, 2)
-    model.register_buffer("mask", torch.full((2, 2), float("-inf")))
+    mask = torch.full((2, 2), float("-inf"))
+    model.register_buffer("mask", mask.clone())
     reject_non_finite(LoadedModel(model), "here")
+    assert torch.equal(model.get_buffer("mask"), mask)
+
+    model.get_buffer("mask")[0, 1] = float("nan")
+    with pytest.raises(UsageError, match=r"'mask' of here holds 1 of 4 values"):
+        reject_non_finite(LoadedModel(model), "here")
+    model.register_buffer("mask", None)
+    model.scores = nn.Parameter(mask)
+    with pytest.raises(UsageError, match=r"'scores' of here holds 4 of 4 values"):
+        reject_non_finite(LoadedModel(model), "here")
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,9 @@ def test_sizes_that_were_made_free_stay_free(tmp_path: Path, batch: Any) -> None
     assert named == {"picture": [first, 3, "picture_dim2", "picture_dim3"], "mask": [3, "mask_dim1"]}
     inputs = (torch.randn(2 if batch is None else 3, 3, 14, 8), torch.rand(3, 7))
     found = OnnxSession(file).run({"picture": inputs[0], "mask": inputs[1]})
-    torch.testing.assert_close(found["output"], model(*inputs), rtol=1e-4, atol=1e-5)
+    assert found["output"].shape == model(*inputs).shape
+    verdict = gs.verify(model, file, inputs)  # the bound comes from the model's own rounding against float64
+    assert verdict.ok, str(verdict)
 
 
 def test_no_source_path_is_in_the_file(tmp_path: Path) -> None:

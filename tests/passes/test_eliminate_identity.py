@@ -17,6 +17,7 @@ from graphsurgery.cost import op_name
 from graphsurgery.graph import structural_hash
 from graphsurgery.passes import EliminateIdentity
 from graphsurgery.rewrite import PassManager, PassResult, Preserves
+from graphsurgery.verify import verify
 
 
 class Of(nn.Module):
@@ -385,19 +386,16 @@ def test_a_network_keeps_its_outputs_in_float64() -> None:
     assert not {"dropout", "clone", "contiguous", "permute", "pad", "mul"} & set(ops(result.graph_module))
     for batch in (1, 2, 5):
         y = torch.randn(batch, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
-        torch.testing.assert_close(result.graph_module(y), model(y), rtol=1e-12, atol=1e-12)
+        assert torch.equal(result.graph_module(y), model(y))
 
 
 def test_a_network_keeps_its_outputs_on_onnxruntime(tmp_path: Path) -> None:
-    import onnxruntime
-
     model, x = network(), image().nan_to_num(0, 1, 1)
     result = run(capture(model, (x,)))
     path = tmp_path / "net.onnx"
     torch.onnx.export(result.graph_module, (x,), path, dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-5, atol=1e-5)
+    verdict = verify(model, path, (x,))  # the bound comes from the model's own rounding against float64
+    assert verdict.ok, str(verdict)
 
 
 STEPS: list[Callable[[Tensor, random.Random], Tensor]] = [
