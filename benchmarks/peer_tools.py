@@ -179,8 +179,9 @@ def _heavy_call(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     names = str(node.target).split(".")  # aten.addmm.default, mkldnn._convolution_pointwise.default
-    layer = any("conv" in name or "linear" in name for name in names)
-    return layer or any(name in ("mm", "addmm", "bmm", "baddbmm") for name in names)
+    if any(name in ("mm", "addmm", "bmm", "baddbmm") for name in names):
+        return True
+    return any("convolution" in name or "linear" in name for name in names)
 
 
 def by_graphsurgery(network: Network) -> Outcome:

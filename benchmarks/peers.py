@@ -1,9 +1,10 @@
 """What public tools and graphsurgery leave of the fold cases, as a table.
 
-Each cell holds heavy nodes / all nodes. A wrong output, a crash and added multiplications are shown as such.
-A case is reached, and bold, where the output is right, no more nodes are left than the least (where a case
-states it; else heavy ones alone count), and no more multiplications than before (or than the least, where a
-case states it). Inductor has no nodes to count but heavy ones, so those alone are held against it.
+Each cell holds heavy nodes / all nodes. A case is reached, and bold, where the output is right, the nodes
+left are no more than the least (heavy ones first, then all, where the case states it), and the
+multiplications no more than before (or than the least, where a case states it). A wrong output, a crash and
+the factor of multiplications that could have been saved are shown as such. Inductor has no nodes to count but
+heavy ones, so those alone are held against it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def reached(case: Case, found: Outcome, plain: int) -> bool:
     """Whether also the least number of all nodes was reached, where the case states it."""
     if found.left is None or not reached_heavy(case, found, plain):
         return False
-    return case.nodes is None or found.left.nodes <= case.nodes
+    return case.nodes is None or (found.left.heavy, found.left.nodes) <= (case.heavy, case.nodes)
 
 
 def cell(case: Case, found: Outcome, plain: int) -> str:
@@ -56,27 +57,31 @@ def cell(case: Case, found: Outcome, plain: int) -> str:
     return f"**{text}**" if reached(case, found, plain) else text
 
 
-def table(cases: Sequence[Case], rows: Sequence[dict[str, Outcome]]) -> str:
-    """The cases, the counts of each tool, and how many cases each reached."""
+def header(first: str, second: str, tools: Sequence[str]) -> str:
+    """The first two lines of a table."""
+    names = [f"{tool} (heavy)" if tool == HEAVY_ONLY else tool for tool in tools]
+    return f"| {first} | {second} | {' | '.join(names)} |\n|---|---|" + "---|" * len(tools)
+
+
+def line(case: Case, row: dict[str, Outcome]) -> str:
+    """One case and the counts of each tool."""
+    least = f"{case.heavy}" + (f" / {case.nodes}" if case.nodes is not None else "")
+    cells = [cell(case, found, plain_macs(row)) for found in row.values()]
+    return f"| {case.name} | {least} | {' | '.join(cells)} |"
+
+
+def groups(cases: Sequence[Case], rows: Sequence[dict[str, Outcome]]) -> str:
+    """How many cases of each group each tool brought to the least, and how many of its results are wrong."""
     tools = list(rows[0])
-    lines = [
-        "| case | least | " + " | ".join(tools) + " |",
-        "|---|---|" + "---|" * len(tools),
-    ]
-    for case, row in zip(cases, rows, strict=True):
-        least = f"{case.heavy}" + (f" / {case.nodes}" if case.nodes is not None else "")
-        cells = [cell(case, found, plain_macs(row)) for found in row.values()]
-        lines.append(f"| {case.name} | {least} | " + " | ".join(cells) + " |")
-    for title, test in (("least heavy nodes", reached_heavy), ("least of all nodes", reached)):
-        total = [
-            sum(test(case, row[tool], plain_macs(row)) for case, row in zip(cases, rows, strict=True))
-            for tool in tools
-        ]
-        counted = [
-            "" if tool == HEAVY_ONLY and test is reached else f"**{n}**"
-            for tool, n in zip(tools, total, strict=True)
-        ]
-        lines.append(f"| **{title}, of {len(cases)}** | | " + " | ".join(counted) + " |")
+    lines = [header("group", "cases", tools)]
+    for group in (*dict.fromkeys(case.group for case in cases), None):
+        inside = [(c, row) for c, row in zip(cases, rows, strict=True) if group in (c.group, None)]
+        cells = []
+        for tool in tools:
+            least = sum(reached(case, row[tool], plain_macs(row)) for case, row in inside)
+            wrong = sum(row[tool].left is not None and not row[tool].right for _, row in inside)
+            cells.append(f"{least}" + (f", {wrong} wrong" if wrong else ""))
+        lines.append(f"| {group or '**all**'} | {len(inside)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -102,18 +107,15 @@ def summary(cases: Sequence[Case], rows: Sequence[dict[str, Outcome]]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(text: str) -> None:
-    """Put the table between its markers, which must be there.
-
-    Raises:
-        SystemExit: README.md has no markers.
-    """
+def write_readme(counts: str, totals: str, whole: str) -> None:
+    """Put the tables between their markers; the section is made where there is none."""
     old = README.read_text(encoding="utf-8")
+    if START not in old:
+        old = old.replace("\n## Documents", f"\n## Beside other tools\n\n{START}\n{END}\n\n## Documents")
+    details = f"<details><summary>All cases</summary>\n\n{whole}\n\n</details>"
+    text = f"{START}\n{counts}\n\n```text\n{totals}\n```\n\n{details}\n{END}"
     pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", flags=re.DOTALL)
-    if not pattern.search(old):
-        raise SystemExit(f"{README.name} lacks the markers {START} and {END}")
-    new = pattern.sub(lambda _: f"{START}\n{text}\n{END}", old)
-    README.write_text(new, encoding="utf-8")
+    README.write_text(pattern.sub(lambda _: text, old), encoding="utf-8")
 
 
 def main() -> None:
@@ -128,6 +130,8 @@ def main() -> None:
     cases = [case for case in CASES if options.only in case.name or options.only in case.group]
     tools = [tool for tool in TOOLS if tool in {"onnxruntime", *options.tools}]
     rows: list[dict[str, Outcome]] = []
+    lines = [header("case", "least", tools)]
+    print(lines[0])
     spent = dict.fromkeys(tools, 0.0)
     for case in cases:
         network = Network(*case.make())
@@ -137,8 +141,10 @@ def main() -> None:
             row[tool] = outcome(tool, network)
             spent[tool] += time.perf_counter() - start
         rows.append(row)
-    text = f"{table(cases, rows)}\n\n{summary(cases, rows)}"
-    print(text)
+        lines.append(line(case, row))
+        print(lines[-1], flush=True)
+    counts, totals = groups(cases, rows), summary(cases, rows)
+    print(f"\n{counts}\n\n{totals}")
     for tool in tools:
         failures: dict[str, list[str]] = {}
         for case, row in zip(cases, rows, strict=True):
@@ -148,7 +154,7 @@ def main() -> None:
             print(f"{tool} crashed on {len(names)}, first {names[0]}: {failure}")
     print("seconds:", ", ".join(f"{tool} {seconds:.0f}" for tool, seconds in spent.items()))
     if options.write_readme:
-        write_readme(text.replace("\n\n", "\n\n```text\n") + "\n```")
+        write_readme(counts, totals, "\n".join(lines))
 
 
 if __name__ == "__main__":
