@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=[*TOOLS], default=[*TOOLS], help="run these tools")
     parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
     options = parser.parse_args()
+    if options.write_readme and (options.only or len(options.tools) < len(TOOLS)):
+        parser.error("--write-readme takes all cases and tools")
 
     for name in ("torch", "onnxscript", "onnx_ir", "root"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
