@@ -75,7 +75,7 @@ class Cost:
     Attributes:
         macs: heavy multiplications (each one multiply and one add).
         elementwise: elements written by all other arithmetic (activations, norms, adds, pool reads).
-        moved: elements copied by permutes, concatenations, pads and gathers.
+        moved: elements copied by permutes, concatenations, splits, pads and gathers.
         params: numbers held in parameters and buffers that it reads.
         nodes: calls that a runtime executes.
     """
@@ -171,8 +171,10 @@ def kind_of(node: fx.Node) -> str:
 def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
     """Cost of one node without the parameters it reads (they may be shared)."""
     name = op_name(node)
-    if name in SPLITS:
-        return Cost(nodes=1)
+    if node.op == "call_function" and name in SPLITS:
+        # A view in torch; every other runtime copies the pieces.
+        sizes = sizes or Sizes(node.graph)
+        return Cost(moved=sum(_count(piece, sizes) for piece in node.meta["val"]), nodes=1)
     if node.op != "call_function" or not is_tensor(node):
         return Cost()
     sizes = sizes or Sizes(node.graph)
@@ -215,7 +217,11 @@ def layer_counts(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def _numel(node: fx.Node, sizes: Sizes) -> int:
-    return prod(sizes.per_sample(size) for size in tensor_meta(node).shape)
+    return _count(tensor_meta(node), sizes)
+
+
+def _count(value: torch.Tensor, sizes: Sizes) -> int:
+    return prod(sizes.per_sample(size) for size in value.shape)
 
 
 def _shape(node: Any, sizes: Sizes) -> tuple[int, ...]:

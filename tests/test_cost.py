@@ -42,9 +42,9 @@ COUNTS: dict[str, tuple[Callable[[], nn.Module], Tensor, Cost]] = {
         IMAGE,
         Cost(4 * 6 * 8 * 6, 0, 0, 0, 1),
     ),
-    # a split is one call, picking its pieces is none
-    "split": (lambda: Call(lambda x: x.split(2, 1)[0] + x.chunk(2, 1)[1]), IMAGE, Cost(0, 96, 0, 0, 3)),
-    "unbind": (lambda: Call(lambda x: x.unbind(1)[2]), IMAGE, Cost(0, 0, 0, 0, 1)),
+    # a split copies all of its pieces, picking one is nothing
+    "split": (lambda: Call(lambda x: x.split(2, 1)[0] + x.chunk(2, 1)[1]), IMAGE, Cost(0, 96, 384, 0, 3)),
+    "unbind": (lambda: Call(lambda x: x.unbind(1)[2]), IMAGE, Cost(0, 0, 192, 0, 1)),
     "narrow": (lambda: Call(lambda x: x.narrow(1, 0, 2)), IMAGE, Cost(0, 0, 0, 0, 1)),
     "unshuffle": (lambda: nn.PixelUnshuffle(2), IMAGE, Cost(0, 0, 192, 0, 1)),
     "reflect": (lambda: nn.ReflectionPad2d(1), IMAGE, Cost(0, 0, 4 * 8 * 10, 0, 1)),
@@ -69,6 +69,25 @@ COUNTS: dict[str, tuple[Callable[[], nn.Module], Tensor, Cost]] = {
 def test_cost_of(name: str) -> None:
     build, x, expected = COUNTS[name]
     assert cost_of(build(), x) == expected
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda x: x.split(3, 1),
+        lambda x: x.split([1, 3], 1),
+        lambda x: x.chunk(2, -1),
+    ],
+    ids=["split", "split-with-sizes", "chunk"],
+)
+def test_a_split_copies_all_its_pieces(split: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    """No runtime but torch eager has views: ONNX Split writes every piece."""
+    cost = cost_of(Call(lambda x: split(torch.relu(x))[0]), IMAGE)
+    assert cost == Cost(0, 192, 192, 0, 2)
+
+
+def test_a_slice_is_a_view() -> None:
+    assert cost_of(Call(lambda x: torch.relu(x)[:, 1:3]), IMAGE).moved == 0
 
 
 def test_flops_are_two_per_multiplication_and_one_per_element() -> None:

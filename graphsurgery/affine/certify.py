@@ -8,7 +8,7 @@ batch size than the captured one, so that borders and merged batches are covered
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -51,8 +51,22 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
         got, _ = _by_channel(
             region, run_program(form.steps, slots, x, lambda n: scope.actual(n, batch)), batch
         )
-        high, low = wanted.amax(positions), wanted.amin(positions)
-        error = (got - wanted).abs_().amax(positions)
+        return deviation(wanted, got, positions)
+
+
+def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int]) -> float:
+    """Largest deviation of two float64 tensors of one shape, in the unit that `residual` describes.
+
+    Args:
+        wanted: what is right.
+        got: what is compared with it.
+        positions: the dimensions along which a channel varies; all others tell channels apart.
+
+    Returns:
+        The deviation; infinite where a value is not finite.
+    """
+    high, low = wanted.amax(list(positions)), wanted.amin(list(positions))
+    error = (got - wanted).abs_().amax(list(positions))
     size = torch.maximum(high.abs(), low.abs())
     if not (torch.isfinite(size).all() and torch.isfinite(error).all()):
         return float("inf")

@@ -12,14 +12,37 @@ import difflib
 from collections.abc import Iterable
 
 from graphsurgery.errors import PassError
+from graphsurgery.passes.commute_pointwise import CommutePointwise
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
+from graphsurgery.passes.fold_embedding import FoldEmbedding
+from graphsurgery.passes.fold_norm_affine import FoldNormAffine
+from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.rewrite.contracts import Pass
 from graphsurgery.rewrite.plugins import registered_passes
 
-__all__ = ["ALL_PASSES", "EliminateIdentity", "FoldAffine", "available", "default_passes", "find", "select"]
+__all__ = [
+    "ALL_PASSES",
+    "CommutePointwise",
+    "EliminateIdentity",
+    "FoldAffine",
+    "FoldEmbedding",
+    "FoldNormAffine",
+    "MergeSiblings",
+    "available",
+    "default_passes",
+    "find",
+    "select",
+]
 
-ALL_PASSES: tuple[type[Pass], ...] = (EliminateIdentity, FoldAffine)
+ALL_PASSES: tuple[type[Pass], ...] = (
+    EliminateIdentity,
+    CommutePointwise,
+    FoldNormAffine,
+    FoldAffine,
+    FoldEmbedding,
+    MergeSiblings,
+)
 
 
 def available() -> dict[str, type[Pass]]:

@@ -51,7 +51,8 @@ def perturbed(
     if name not in filled.slots:
         return None
     value = filled.slots[name].clone()
-    nonzero = (value * effective(region, filled, name)).flatten().nonzero().flatten()
+    counts = (value * effective(region, filled, name)).flatten()
+    nonzero = counts.nonzero().flatten()
     if not len(nonzero):
         return None
     # A coefficient that counts: among the larger ones, for a channel may hold some that cancel exactly.
