@@ -87,6 +87,18 @@ def test_a_value_read_by_a_second_branch() -> None:
     assert layers(fold(model, torch.randn(IMAGE))).count("conv2d") <= 2
 
 
+def test_a_shift_before_a_split_and_a_layer() -> None:
+    """One reader gives a tuple, of which one part is used: the shift may join the Linear alone, or stay."""
+
+    def function(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + m.shift
+        _, part = y.split([2, 4], 2)
+        return torch.relu(m.fc(y)), torch.tanh(part)
+
+    model = seeded(lambda: Of(function, shift=torch.randn(1), fc=nn.Linear(6, 2)))
+    assert layers(fold(model, torch.randn(2, 5, 6))) == ["linear"]
+
+
 @pytest.mark.parametrize("where", ["conv", "norm"])
 def test_a_forward_hook_that_changes_a_value(where: str) -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
