@@ -148,7 +148,7 @@ CHAINS = (
     Case("grouped + dense 1x1", "chain",
          lambda: seq(Conv2d(8, 16, 3, padding=1, groups=2), Conv2d(16, 4, 1)), (2, 8, 9, 9), 1, 1),
     Case("1x1 + transposed", "chain",
-         lambda: seq(Conv2d(6, 12, 1), ConvTranspose2d(12, 8, 2, 2)), MAP, 1, 1),
+         lambda: seq(Conv2d(6, 12, 1, bias=False), ConvTranspose2d(12, 8, 2, 2)), MAP, 1, 1),
     Case("transposed + 1x1", "chain",
          lambda: seq(ConvTranspose2d(6, 12, 2, 2), Conv2d(12, 8, 1)), MAP, 1, 1),
     Case("conv1d 1 + 3", "chain", lambda: seq(Conv1d(6, 12, 1), Conv1d(12, 8, 3)), (2, 6, 12), 1, 1),
