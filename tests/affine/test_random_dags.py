@@ -20,7 +20,7 @@ from random_dags import random_dag
 from torch import Tensor, fx, nn
 
 import graphsurgery as gs
-import graphsurgery.passes.fold_affine as fold_affine
+from graphsurgery.affine import write
 from graphsurgery.affine.coefficients import Coefficients
 from graphsurgery.cost import graph_cost
 from graphsurgery.graph import (
@@ -277,7 +277,7 @@ def test_one_wrong_coefficient_in_many_folded_graphs_is_caught() -> None:
 @pytest.mark.slow
 def test_one_wrong_coefficient_never_passes_the_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fold is filled with one coefficient off by 1e-3 of itself: none of them is written."""
-    right, seen = fold_affine.fill, Counter[str]()
+    right, seen = write.fill, Counter[str]()
 
     def wrong(*args: Any) -> Coefficients:
         filled = right(*args)
@@ -290,7 +290,7 @@ def test_one_wrong_coefficient_never_passes_the_certificate(monkeypatch: pytest.
         seen["wrong"] += 1
         return Coefficients(filled.form, {**filled.slots, name: value}, filled.method)
 
-    monkeypatch.setattr(fold_affine, "fill", wrong)
+    monkeypatch.setattr(write, "fill", wrong)
 
     @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(SEEDS, SIZES)
