@@ -113,14 +113,18 @@ def test_leaves_no_more_than_the_authors_reparameterisation_at_larger_sizes(
 
 
 def vector_scales(gm: fx.GraphModule) -> list[str]:
-    """Products of a value with a constant that is no scalar."""
+    """Products of a value with a constant, or what is computed of constants, that is no scalar."""
+    constant: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and inputs and constant.issuperset(inputs)):
+            constant.add(node)
     return [
         node.name
         for node in gm.graph.nodes
         if op_name(node) in ("mul", "div")
-        and any(
-            o.op == "get_attr" and get_attr_value(gm, str(o.target)).numel() > 1 for o in node.all_input_nodes
-        )
+        and node not in constant
+        and any(o in constant and o.meta["val"].numel() > 1 for o in node.all_input_nodes)
     ]
 
 
@@ -156,7 +160,7 @@ def check_scaled(name: str, size: int, folder: Path) -> None:
     model, x = network(name, size)
     captured = gs.capture(model, (x,))
     batch_norms = sum(op_name(node) == "batch_norm" for node in captured.graph.nodes)
-    assert batch_norms or vector_scales(captured) or norm_affines(captured), "there is nothing to fold"
+    assert batch_norms or (vector_scales(captured) and norm_affines(captured)), "there is nothing to fold"
     result = gs.optimize(model, (x,))
     assert result.report.verification is not None
     assert result.report.verification.ok
@@ -209,6 +213,10 @@ def adapted(hidden: int, layers: int) -> tuple[nn.Module, nn.Module, dict[str, T
     return model, base, inputs
 
 
+# peft still reads what transformers has renamed
+renamed = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
 def products(path: Path) -> int:
     """Matrix products of a file, before onnxruntime sees it."""
     counts = node_counts(path)
@@ -234,11 +242,13 @@ def check_adapted(hidden: int, layers: int, folder: Path) -> None:
     assert not gs.optimize(result.module, inputs, verify="off").report.changes, "a second run found something"
 
 
+@renamed
 @pytest.mark.slow
 def test_leaves_no_more_layers_than_the_network_without_adapters(tmp_path: Path) -> None:
     check_adapted(32, 2, tmp_path)
 
 
+@renamed
 @pytest.mark.sweep
 def test_leaves_no_more_layers_than_a_bert_without_adapters(tmp_path: Path) -> None:
     check_adapted(768, 12, tmp_path)
