@@ -43,7 +43,7 @@ def check(name: str, size: int, path: Path) -> None:
     captured = gs.capture(model, (x,))
     assert graph_cost(result.graph_module).macs <= graph_cost(captured).macs
     assert layer_counts(result.graph_module).get("norm", 0) == layer_counts(captured).get("norm", 0) - sum(
-        change.kind.count("norm") for change in result.report.changes
+        change.kind.count("batch_norm") for change in result.report.changes
     )
     norms = [n.name for n in result.graph_module.graph.nodes if op_name(n) == "batch_norm"]
     assert len(norms) == NORMS_LEFT.get(name, 0)

@@ -108,11 +108,9 @@ def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None
     for label in target:
         if label not in keep:  # uniform along this label: any coordinate will do
             value = value.narrow(position[label], 0, 1)
-    return {
-        name: value.permute([position[a] for a in target])
-        .reshape(form.slots[name])
-        .clone(memory_format=torch.contiguous_format)
-    }
+    left = [label for label in position if label not in target]  # single positions that the form drops
+    value = value.permute([position[a] for a in (*target, *left)])
+    return {name: value.reshape(form.slots[name]).clone(memory_format=torch.contiguous_format)}
 
 
 def _spread(

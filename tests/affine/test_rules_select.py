@@ -19,6 +19,7 @@ from graphsurgery.affine.program import Conv
 from graphsurgery.affine.region import Region
 from graphsurgery.affine.rules import Step, apply
 from graphsurgery.affine.rules_einsum import labels
+from graphsurgery.affine.windows import Window
 
 Build = Callable[[], nn.Module]
 
@@ -189,7 +190,7 @@ def axes_of(function: Callable[[Tensor], Tensor], *shape: int) -> Axes:
 def test_a_slice_is_a_window_of_one_tap() -> None:
     (atom,) = axes_of(lambda x: x[:, 1:6:2], 8, 5).dims[1]
     assert atom.size == 3
-    assert atom.window == (8, 2, 1, 1, 0, False)
+    assert atom.window == Window(8, 2, 1, 1, 0)
 
 
 def test_a_whole_slice_changes_nothing_even_on_the_batch() -> None:
@@ -208,13 +209,13 @@ def test_a_slice_of_features_are_features() -> None:
 def test_a_slice_of_whole_leading_coordinates_keeps_the_others() -> None:
     axes = axes_of(lambda x: x.permute(0, 2, 1).flatten(1)[:, 4:12], 4, 6)
     window, kept = axes.dims[1]
-    assert (window.size, window.axis, window.window) == (2, 2, (6, 1, 1, 1, 0, False))
+    assert (window.size, window.axis, window.window) == (2, 2, Window(6, 1, 1, 1, 0))
     assert kept == Atom(4, 1)
 
 
 def test_a_slice_of_an_axis_that_was_split_and_merged_again_is_a_window() -> None:
     (atom,) = axes_of(lambda x: x.unflatten(1, (2, 4)).flatten(1, 2)[:, 1:6], 8, 5).dims[1]
-    assert atom.window == (8, 1, 1, 1, 0, False)
+    assert atom.window == Window(8, 1, 1, 1, 0)
 
 
 def test_a_slice_across_several_atoms_mixes_them() -> None:
@@ -226,7 +227,7 @@ def test_a_slice_across_several_atoms_mixes_them() -> None:
 def test_pieces_of_a_split_lie_one_behind_the_other() -> None:
     for i, (size, start) in enumerate([(2, 0), (5, 2), (1, 7)]):
         (atom,) = axes_of(lambda x, i=i: x.split([2, 5, 1], 1)[i], 8, 5).dims[1]
-        assert (atom.size, atom.window) == (size, (8, 1, start, start, 0, False))
+        assert (atom.size, atom.window) == (size, Window(8, 1, start, start, 0))
 
 
 def test_a_tuple_has_the_axes_of_the_operand() -> None:

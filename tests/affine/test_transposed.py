@@ -13,6 +13,7 @@ from random_chains import Constant, warmed
 from torch import Tensor, fx, nn
 
 import graphsurgery as gs
+from graphsurgery.affine import write
 from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.choice import Option, options
 from graphsurgery.affine.coefficients import fill
@@ -461,10 +462,9 @@ def test_detects_a_slightly_wrong_fold(groups: str) -> None:
 
 def test_detects_the_scale_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales laid along the first axis of the weight, as for an ordinary conv, never leave the pass."""
-    import graphsurgery.passes.fold_affine as fold_affine
 
     model = seeded(lambda: nn.ConvTranspose2d(4, 4, 2, 2, groups=2), lambda: nn.BatchNorm2d(4))
-    right = fold_affine.fill
+    right = write.fill
 
     def wrong(*args: Any) -> Any:
         filled = right(*args)
@@ -473,7 +473,7 @@ def test_detects_the_scale_of_another_layout(monkeypatch: pytest.MonkeyPatch) ->
         return filled
 
     gm = capture(model, (torch.randn(2, 4, 3, 3).double(),))
-    monkeypatch.setattr(fold_affine, "fill", wrong)
+    monkeypatch.setattr(write, "fill", wrong)
     result = FoldAffine().run(gm)
     assert not result.changes
     assert "certificate" in codes(result)
