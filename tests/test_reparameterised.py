@@ -97,7 +97,7 @@ def check_reparameterised(name: str, size: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_leaves_no_more_than_the_authors_reparameterisation(tmp_path: Path) -> None:
-    check_reparameterised("repvgg_a0", 32, tmp_path)
+    check_reparameterised("repvgg_a0", 64, tmp_path)
 
 
 @pytest.mark.sweep

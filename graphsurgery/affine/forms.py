@@ -41,6 +41,8 @@ def candidates(axes: Axes, entry: Sequence[int], heavy: bool) -> list[Form]:
     forms: list[Form] = []
     reasons: list[NoFold] = []
     for variant in _variants(axes, roles):
+        if forms and roles.windowed:
+            break  # windows that a layer can read are kept: mixing them saves the products with padding only
         kept = Roles(variant, rank)
         for build in (_pointwise, grouped):
             try:
