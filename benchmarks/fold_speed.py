@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import graphsurgery as gs
+from graphsurgery.affine import write
 from graphsurgery.cost import layer_counts
 from graphsurgery.graph import copy_graph_module, fresh_attr, get_attr_value, set_attr
-from graphsurgery.passes import FoldAffine, fold_affine
+from graphsurgery.passes import FoldAffine
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,7 @@ def networks(sizes: list[int]) -> Iterator[tuple[str, fx.GraphModule]]:
 def timed_filling() -> Iterator[list[float]]:
     """Sums the seconds that go into coefficients, certificates and writing; what is left is the search."""
     spent = [0.0]
-    kept = {
-        name: vars(fold_affine)[name] for name in ("fill", "residual", "emit") if name in vars(fold_affine)
-    }
+    kept = {name: vars(write)[name] for name in ("fill", "residual", "emit") if name in vars(write)}
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -230,12 +229,12 @@ def timed_filling() -> Iterator[list[float]]:
         return call
 
     for name, function in kept.items():
-        setattr(fold_affine, name, timed(function))
+        setattr(write, name, timed(function))
     try:
         yield spent
     finally:
         for name, function in kept.items():
-            setattr(fold_affine, name, function)
+            setattr(write, name, function)
 
 
 class Stopped(BaseException):

@@ -26,6 +26,7 @@ from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
 from graphsurgery.affine.region import Region
+from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor
 
 DEFAULT_BUDGET = 256 * 1024 * 1024
@@ -145,6 +146,23 @@ def _batch_of(value: torch.Tensor, layout: Layout, sizes: dict[int, int], region
     return max(1, value.numel() // unit) if region.scope.primes else 1
 
 
+_BATCHED = frozenset(
+    (
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "reshape",
+        "flatten",
+        "permute",
+        "transpose",
+        "add",
+        "sub",
+        "mul",
+    )
+)
+"""Calls whose adjoints torch has batching rules for."""
+
 Taps = tuple[list[int], ...]
 
 
@@ -210,17 +228,40 @@ class _Probe:
             self._put(kernel[:, :, start:stop], flat[torch.arange(n)].permute(1, 2, 0, *self._last), at, taps)
 
     def _rows(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
-        roles, n = self.roles, stop - start
+        roles = self.roles
         entry_sizes, exit_sizes = self._probe_sizes()
+        # Rows need no values: one sample runs forward, and only its adjoint runs for many seeds at once.
+        tiles = self._tiles(start, stop, batch) if self._batches else [(start, stop)]
+        batch = 1 if self._batches else batch
         shape = [prod(self._sizes(entry_sizes, batch, dim)) for dim in roles.entry]
-        run = self.region.runner(batch)
         x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        y = run(x)
+        y = self.region.runner(batch)(x)
         for at, taps in self._looks(entry_sizes, exit_sizes):
-            seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
-            (grad,) = torch.autograd.grad(y, x, seeds, retain_graph=True)
-            flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)
-            self._put(kernel[:, start:stop], flat[torch.arange(n)].transpose(0, 1), at, taps)
+            seeds = [
+                self._one_hots(
+                    roles.exit, exit_sizes, self.order_out, roles.fresh, first, last - first, batch, at
+                )
+                for first, last in tiles
+            ]
+            if len(seeds) > 1:
+                stacked = torch.stack(seeds)
+                (grads,) = torch.autograd.grad(y, x, stacked, retain_graph=True, is_grads_batched=True)
+            else:
+                (grads,) = torch.autograd.grad(y, x, seeds, retain_graph=True)
+                grads = grads.unsqueeze(0)
+            for (first, last), grad in zip(tiles, grads, strict=True):
+                flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)
+                self._put(kernel[:, first:last], flat[: last - first].transpose(0, 1), at, taps)
+
+    @property
+    def _batches(self) -> bool:
+        """Whether torch runs the adjoint of every call for many seeds at once."""
+        return all(op_name(node) in _BATCHED for node in self.region.nodes)
+
+    def _tiles(self, start: int, stop: int, batch: int) -> list[tuple[int, int]]:
+        """A chunk as the stretches that fill one sample each."""
+        each = ceil((stop - start) / batch)
+        return [(first, min(stop, first + each)) for first in range(start, stop, each)]
 
     @property
     def _last(self) -> range:
