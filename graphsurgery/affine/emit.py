@@ -97,6 +97,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
         with graph.inserting_after(last):
             last = attributes[slot] = graph.get_attr(target)
         annotate(gm, last)
+        region.scope.reads(last)
         written.append(target)
     nodes: list[fx.Node] = []
     value_node = region.entry
@@ -116,6 +117,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
     for node in sorted((*region.nodes, *dying), key=region.scope.position, reverse=True):
         if not node.users:
             graph.erase_node(node)
+            region.scope.forget(node)
     return Emitted(tuple(nodes), tuple(written))
 
 
@@ -167,8 +169,7 @@ def _path(region: Region, member: fx.Node, dying: Collection[fx.Node], slots: Co
         kind = "conv" if op_name(member).startswith("conv") else "linear"
         # A bare parameter becomes a layer, named as restore names it.
         wanted = target.removesuffix(".weight") if target.endswith(".weight") else f"{target}_{kind}"
-    living = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n not in dying}
-    leaving = {str(n.target) for n in dying if n.op == "get_attr"} - living
+    leaving = region.scope.attributes_read_by(dying)
 
     def free(path: str) -> bool:
         # A layer is read as one from its weight and bias: neither may be another's.

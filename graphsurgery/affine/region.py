@@ -6,7 +6,7 @@ rounded to the model's dtype on the way; the certificate would be blind to such 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -82,6 +82,10 @@ class Scope:
         self.primes = tuple(self.sizes.primes)
         self._readers = self._read_by()
         self._order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._attributes: dict[str, set[fx.Node]] = {}
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                self.reads(node)
         self._tallies: dict[fx.Node, Tally] = {}
         self.memory: dict[Any, Any] = {}
 
@@ -103,6 +107,20 @@ class Scope:
                     found.add(operand)
                     stack.append(operand)
         return tuple(sorted(found, key=self._order.__getitem__))
+
+    def reads(self, node: fx.Node) -> None:
+        """Note that a `get_attr` node reads its attribute."""
+        self._attributes.setdefault(str(node.target), set()).add(node)
+
+    def forget(self, node: fx.Node) -> None:
+        """Note that a node is erased."""
+        if node.op == "get_attr":
+            self._attributes[str(node.target)].discard(node)
+
+    def attributes_read_by(self, nodes: Collection[fx.Node]) -> set[str]:
+        """Names of the attributes that only the given nodes read, of all that were noted."""
+        names = {str(node.target) for node in nodes if node.op == "get_attr"}
+        return {name for name in names if self._attributes[name] <= set(nodes)}
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""
