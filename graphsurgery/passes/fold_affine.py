@@ -25,6 +25,7 @@ from graphsurgery.affine.dissolve import dissolved
 from graphsurgery.affine.outlook import Declined, outlook
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.search import Fold, Search
+from graphsurgery.affine.sums import Scattered, regroup, scattered
 from graphsurgery.affine.write import write
 from graphsurgery.cost import CostModel, cost_model, op_name
 from graphsurgery.graph import copy_graph_module, delete_unused_attrs
@@ -57,6 +58,7 @@ class FoldAffine(Pass):
         work = copy_graph_module(gm)
         model = cost_model(self.cost)
         changes: list[Change] = []
+        tried: set[str] = set()
         while True:  # what was written may fold again: the scale of a norm, a view beside a view
             scope = Scope(work, model)
             search = Search(scope, self.max_param_growth)
@@ -64,14 +66,37 @@ class FoldAffine(Pass):
             made = [outcome for outcome in outcomes if isinstance(outcome, Change)]
             refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
             changes += made
-            if not made:
+            if made:
+                delete_unused_attrs(work)
+                continue
+            reordered = self._reordered(search, tried)
+            if reordered is None:
                 break
-            delete_unused_attrs(work)
+            work = reordered
         if changes:
             work.graph.lint()
             work.recompile()
         refusals.extend(self._refusal(declined) for declined in outlook(scope, self.max_param_growth))
         return PassResult(work if changes else gm, tuple(changes), tuple(refusals))
+
+    def _reordered(self, search: Search, tried: set[str]) -> fx.GraphModule | None:
+        """The graph with one sum in an order in which a part of it folds; None where there is none."""
+        for found in scattered(search):
+            if found.total.name in tried:
+                continue
+            tried.add(found.total.name)
+            trial = copy_graph_module(search.scope.gm)
+            nodes = {node.name: node for node in trial.graph.nodes}
+            same = Scattered(
+                nodes[found.total.name],
+                tuple(nodes[node.name] for node in found.together),
+                tuple(nodes[node.name] for node in found.others),
+            )
+            partial = regroup(trial, same)
+            folds = Search(Scope(trial, search.scope.cost_model), self.max_param_growth).folds()
+            if any(partial in fold.region.nodes for fold in folds):
+                return trial
+        return None
 
     def _fold(self, fold: Fold) -> Change | Refusal:
         """Fill, certify and write one fold; a fold that fails its certificate is dropped."""
