@@ -5,40 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from graphsurgery.affine.atoms import Axes
 from graphsurgery.affine.certify import residual
 from graphsurgery.affine.choice import options
 from graphsurgery.affine.coefficients import Coefficients, fill
 from graphsurgery.affine.region import Region, Scope
-from graphsurgery.affine.rules import Step, apply
 from graphsurgery.capture import capture
 
 
 def region_of(model: nn.Module, x: torch.Tensor) -> Region:
-    """The whole of a model as one region, whatever its calls cost; splits are followed as tuples.
+    """All calls between a model's input and its (first) output as one region, whatever they cost.
 
     Raises:
         NoFold: a rule refuses.
     """
     scope = Scope(capture(model.eval(), (x,)))
-    (output,) = (node for node in scope.gm.graph.nodes if node.op == "output")
+    (entry,) = scope.gm.graph.find_nodes(op="placeholder")
+    (output,) = scope.gm.graph.find_nodes(op="output")
     exit_ = output.args[0]
     exit_ = exit_[0] if isinstance(exit_, (tuple, list)) else exit_
-    nodes: list[fx.Node] = []
-    while exit_.op != "placeholder":
-        nodes.insert(0, exit_)
-        (exit_,) = (o for o in exit_.all_input_nodes if o not in scope.constant and _is_value(o))
-    axes, live = Axes.entry(scope.shape(exit_), scope.primes), exit_
-    for node in nodes:
-        axes = apply(Step(node, live, axes, scope.sizes))
-        live = node
-    return Region(scope, tuple(nodes), axes)
-
-
-def _is_value(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+    return Region(scope, entry, exit_, scope.axes(entry, exit_))
 
 
 def filled(region: Region) -> Iterator[tuple[Coefficients, float]]:
