@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.forms import Form, candidates
-from graphsurgery.affine.program import Pad, Permute, Reshape, Take
+from graphsurgery.affine.program import Pad, Permute, PixelShuffle, Reshape, Take
 from graphsurgery.affine.program import cost as program_cost
 from graphsurgery.affine.region import Region
 from graphsurgery.cost import Cost
@@ -73,7 +73,7 @@ def _symbolic_views(region: Region, form: Form) -> bool:
 
 def movements(form: Form) -> int:
     """Number of views, slices, permutes and pads in a form's program."""
-    return sum(isinstance(step, (Reshape, Permute, Pad, Take)) for step in form.steps)
+    return sum(isinstance(step, (Reshape, Permute, Pad, PixelShuffle, Take)) for step in form.steps)
 
 
 def objection(region: Region, option: Option, max_param_growth: float) -> str | None:

@@ -94,7 +94,8 @@ def _branches(
     live = node
     while rules.live_operands(reader, search.scope.constant) == [live] and node in search.axes[reader]:
         tally = tally + search.scope.tally(reader)
-        yield _Branch(reader, tally, None)
+        if is_tensor(reader):
+            yield _Branch(reader, tally, None)
         readers = search.dominators.readers[reader]
         if len(readers) != 1 or readers[0] in covered:
             return

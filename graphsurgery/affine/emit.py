@@ -18,6 +18,7 @@ from graphsurgery.affine.program import (
     Linear,
     Pad,
     Permute,
+    PixelShuffle,
     Reshape,
     Scale,
     Shift,
@@ -189,6 +190,8 @@ def _call(
             return aten.reshape.default, (x, [-1 if _symbolic(n, region) else n for n in out])
         case Permute(order, _):
             return aten.permute.default, (x, list(order))
+        case PixelShuffle(factor, _):
+            return aten.pixel_shuffle.default, (x, factor)
         case Take(dim, start, stop, stride, single, _):
             if single:
                 return aten.select.int, (x, dim, start)

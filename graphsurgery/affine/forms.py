@@ -93,10 +93,12 @@ def _pointwise(roles: Roles) -> list[Form]:
     entry, takes = _take(roles)
     forms = []
     shared = {*roles.shared, *roles.windowed}
-    leads = (
+    leads = [
         tuple(d for d in (tuple(a for a in dim if a in shared) for dim in grouping) if d)
         for grouping in (entry, roles.exit)
-    )
+    ]
+    if entry and entry[-1] == roles.gone:  # an axis of one stays where it is
+        leads.append(entry[:-1])
     for lead in dict.fromkeys(leads):
         into, out = (*lead, roles.gone), (*lead, roles.fresh)
         form = finish(roles, "linear", into, out, _linear(roles, out), entry)

@@ -45,16 +45,19 @@ def grouped(roles: Roles) -> list[Form]:
 
 def _places(roles: Roles) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
     """Which labels may be the layer's batch and which its positions."""
-    shared = set(roles.shared)
+    shared, windowed = set(roles.shared), set(roles.windowed)
     lead = tuple(a for a in (roles.entry[0] if roles.entry else ()) if a in shared)
-    rest = [tuple(a for a in dim if a in shared or a in roles.windowed) for dim in roles.entry[1:]]
-    natural = [dim for dim in rest if dim]
+    channels = [i for i, dim in enumerate(roles.entry) if i and set(dim) & {*roles.gone, *roles.varied}]
+    rest = [tuple(a for a in dim if a in shared or a in windowed) for dim in roles.entry]
+    natural = [dim for dim in rest[1:] if dim]
     own: list[tuple[int, ...]] = [(label,) for label in roles.windowed]
     options = [(roles.shared, own)]
-    apart = all(len(dim) == 1 or not set(dim) & set(roles.windowed) for dim in natural)
-    if apart and (lead, natural) not in options:
+    leads = bool(roles.entry) and bool(windowed & set(roles.entry[0]))  # no convolution runs over its batch
+    if not leads and all(len(dim) == 1 or not set(dim) & windowed for dim in natural):
         options.insert(0, (lead, natural))
-    return options
+        if len(channels) == 1 and not rest[channels[0]]:  # an axis of one stays where it is
+            options.insert(0, (lead, [dim for i, dim in enumerate(rest) if i and i != channels[0]]))
+    return [option for i, option in enumerate(options) if option not in options[:i]]
 
 
 def _builders(roles: Roles) -> list[tuple[str, Callable[[Roles, Layout, Layout], Built]]]:

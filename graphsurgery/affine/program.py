@@ -43,6 +43,14 @@ class Pad:
 
 
 @dataclass(frozen=True)
+class PixelShuffle:
+    """Channels (C r r) of (N, C r r, H, W) spread over r x r positions each."""
+
+    factor: int
+    out: Shape
+
+
+@dataclass(frozen=True)
 class Take:
     """Positions `start`, `start + step`, ... before `stop` of a dimension; a single one drops it."""
 
@@ -108,7 +116,7 @@ class Shift:
     slot: str = "shift"
 
 
-Step = Reshape | Permute | Pad | Take | Linear | Conv | ConvTranspose | Scale | Shift
+Step = Reshape | Permute | Pad | PixelShuffle | Take | Linear | Conv | ConvTranspose | Scale | Shift
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -132,6 +140,8 @@ def run(
                 x = x.permute(order)
             case Pad(pads, _):
                 x = F.pad(x, [n for pair in reversed(pads) for n in pair])
+            case PixelShuffle(factor, _):
+                x = F.pixel_shuffle(x, factor)
             case Take(dim, start, stop, stride, single, _):
                 x = (
                     x.select(dim, start)
@@ -176,7 +186,7 @@ def cost(steps: Sequence[Step], slots: Mapping[str, Shape], per_sample: Callable
         match step:
             case Reshape() | Take():
                 total += Cost(nodes=1)
-            case Permute() | Pad():
+            case Permute() | Pad() | PixelShuffle():
                 total += Cost(moved=out, nodes=1)
             case Linear():
                 total += Cost(macs=out * step.features, nodes=1)
@@ -188,6 +198,16 @@ def cost(steps: Sequence[Step], slots: Mapping[str, Shape], per_sample: Callable
             case Scale() | Shift():
                 total += Cost(elementwise=out, nodes=1)
     return total
+
+
+def compact(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The same moves, where a view, a permute and a view are a pixel shuffle as that."""
+    match steps:
+        case (Reshape(split), Permute((0, 1, 4, 2, 5, 3), _), Reshape(out)) if len(out) == 4:
+            n, c, r, r2, h, w = split
+            if r == r2 and out == (n, c, h * r, w * r):
+                return (PixelShuffle(r, out),)
+    return steps
 
 
 def moves(source: Layout, target: Layout, sizes: Mapping[int, int]) -> tuple[Step, ...]:

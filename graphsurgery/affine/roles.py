@@ -9,7 +9,17 @@ from itertools import count
 from math import prod
 
 from graphsurgery.affine.atoms import Atom, Axes, NoFold
-from graphsurgery.affine.program import Conv, ConvTranspose, Layout, Linear, Shape, Shift, Step, moves
+from graphsurgery.affine.program import (
+    Conv,
+    ConvTranspose,
+    Layout,
+    Linear,
+    Shape,
+    Shift,
+    Step,
+    compact,
+    moves,
+)
 
 
 @dataclass(frozen=True)
@@ -172,5 +182,5 @@ def finish(
     if roles.axes.shifted and not has_bias(roles):
         slots = {**slots, "shift": broadcast(roles, out, differing(roles))}
         steps.append(Shift(step.out))
-    steps.extend(moves(out, roles.exit, roles.exit_sizes))
+    steps.extend(compact(moves(out, roles.exit, roles.exit_sizes)))
     return Form(kind, roles.axes, tuple(steps), slots, out)

@@ -56,19 +56,21 @@ class FoldAffine(Pass):
         """Fold what pays in a copy of `gm`; say why the rest stays."""
         work = copy_graph_module(gm)
         model = cost_model(self.cost)
-        scope = Scope(work, model)
         changes: list[Change] = []
-        refusals: list[Refusal] = []
-        search = Search(scope, self.max_param_growth)
-        for fold in dissolved(search, search.folds()):
-            outcome = self._fold(fold)
-            (changes if isinstance(outcome, Change) else refusals).insert(0, outcome)  # type: ignore[arg-type]
-        if changes:
+        while True:  # what was written may fold again: the scale of a norm, a view beside a view
+            scope = Scope(work, model)
+            search = Search(scope, self.max_param_growth)
+            outcomes = [self._fold(fold) for fold in dissolved(search, search.folds())][::-1]
+            made = [outcome for outcome in outcomes if isinstance(outcome, Change)]
+            refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
+            changes += made
+            if not made:
+                break
             delete_unused_attrs(work)
+        if changes:
             work.graph.lint()
             work.recompile()
-        left = Scope(work, model) if changes else scope
-        refusals.extend(self._refusal(declined) for declined in outlook(left, self.max_param_growth))
+        refusals.extend(self._refusal(declined) for declined in outlook(scope, self.max_param_growth))
         return PassResult(work if changes else gm, tuple(changes), tuple(refusals))
 
     def _fold(self, fold: Fold) -> Change | Refusal:
