@@ -102,6 +102,8 @@ def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None
     position = {label: i for i, label in enumerate(sizes)}
     name = "bias" if "bias" in form.slots else "shift"
     target = [a for dim in form.out for a in dim]
+    for label in set(position) - set(target):  # a single position, which the form leaves out
+        value = value.narrow(position[label], 0, 1)
     keep = {*roles.varied, *roles.fresh}
     if name == "shift":
         keep = {a for dim, n in zip(form.out, form.slots[name], strict=True) if n != 1 for a in dim}
@@ -109,7 +111,7 @@ def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None
         if label not in keep:  # uniform along this label: any coordinate will do
             value = value.narrow(position[label], 0, 1)
     return {
-        name: value.permute([position[a] for a in target])
+        name: value.permute([position[a] for a in (*target, *(set(position) - set(target)))])
         .reshape(form.slots[name])
         .clone(memory_format=torch.contiguous_format)
     }
