@@ -15,16 +15,20 @@ from graphsurgery.capture import capture
 
 
 def region_of(model: nn.Module, x: torch.Tensor) -> Region:
-    """The whole of a model as one region, whatever its calls cost; splits are followed as tuples.
+    """All calls between a model's input and its (first) output as one region, whatever they cost.
 
     Raises:
         NoFold: a rule refuses.
     """
     scope = Scope(capture(model.eval(), (x,)))
-    (output,) = (node for node in scope.gm.graph.nodes if node.op == "output")
+    (entry,) = scope.gm.graph.find_nodes(op="placeholder")
+    (output,) = scope.gm.graph.find_nodes(op="output")
     exit_ = output.args[0]
     exit_ = exit_[0] if isinstance(exit_, (tuple, list)) else exit_
+<<<<<<< HEAD
     (entry,) = (node for node in scope.gm.graph.nodes if node.op == "placeholder")
+=======
+>>>>>>> norms
     return Region(scope, entry, exit_, scope.axes(entry, exit_))
 
 

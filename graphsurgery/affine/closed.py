@@ -173,7 +173,7 @@ def _places(kernel: Kernel, windows: Sequence[tuple[int, int, int, int]]) -> tup
 def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     """Weight and bias of a form in closed form, or None where kernels do not follow a call.
 
-    A map of shifts is not among them.
+    A map of shifts is not among them, nor a bias at the border: these are read off a run on zeros.
     """
     if "weight" not in form.slots or form.axes.gone != region.axes.gone or form.transposed:
         return None
@@ -201,7 +201,11 @@ def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     if weight.numel() != prod(form.slots["weight"]):
         return None
     weight = weight.reshape(form.slots["weight"])
-    return {"weight": weight, "bias": kernel.bias} if "bias" in form.slots else {"weight": weight}
+    # At a single position the shift is one number even where its window reaches over a border.
+    border = any(a.window is not None and a.window.outside and a.size == 1 for a in form.axes.atoms())
+    if "bias" not in form.slots or border:
+        return {"weight": weight}
+    return {"weight": weight, "bias": kernel.bias}
 
 
 def _windowed(axes: Axes, axis: int) -> Window | None:

@@ -103,6 +103,8 @@ def _shift(region: Region, roles: Roles, form: Form, before: torch.Tensor | None
     position = {label: i for i, label in enumerate(sizes)}
     name = "bias" if "bias" in form.slots else "shift"
     target = [a for dim in form.out for a in dim]
+    for label in set(position) - set(target):  # a single position, which the form leaves out
+        value = value.narrow(position[label], 0, 1)
     keep = {*roles.varied, *roles.fresh}
     if name == "shift":
         keep = {a for dim, n in zip(form.out, form.slots[name], strict=True) if n != 1 for a in dim}

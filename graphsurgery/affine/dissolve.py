@@ -8,6 +8,7 @@ and shift of a norm in front of queries, keys and values.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,15 +33,20 @@ class _Branch:
     replaced: Fold | None
 
 
+Covered = dict[fx.Node, list[Fold]]
+"""The folds of a plan that a call is in: several, where it was dissolved."""
+
+
 def dissolved(search: Search, folds: Sequence[Fold]) -> list[Fold]:
     """The plan of a search with values dissolved where that pays, last exit first."""
     plan = {fold.region.exit: fold for fold in folds}
-    covered = {node: fold for fold in folds for node in fold.region.nodes}
+    covered: Covered = defaultdict(list)
+    for fold in folds:
+        _cover(covered, fold)
     for node, readers in search.dominators.readers.items():  # last first
-        fold = covered.get(node)
         if len(readers) < 2 or not search.axes.get(node) or not is_tensor(node):
             continue
-        if fold is not None and fold.region.exit is not node:
+        if _is_inside(covered, node):
             continue  # dead already
         found = _dissolve(search, node, covered)
         if found is None:
@@ -50,27 +56,36 @@ def dissolved(search: Search, folds: Sequence[Fold]) -> list[Fold]:
         for done in [*inner, *(fold.region.exit for fold in found)]:
             old = plan.pop(done, None)
             for member in old.region.nodes if old else ():
-                covered.pop(member, None)
+                covered[member] = [fold for fold in covered[member] if fold is not old]
         for fold in found:
             plan[fold.region.exit] = fold
-            covered.update(dict.fromkeys(fold.region.nodes, fold))
+            _cover(covered, fold)
     position = search.scope.position
     return sorted(plan.values(), key=lambda fold: -position(fold.region.exit))
 
 
-def _dissolve(search: Search, node: fx.Node, covered: dict[fx.Node, Fold]) -> list[Fold] | None:
+def _cover(covered: Covered, fold: Fold) -> None:
+    for node in fold.region.nodes:
+        covered[node].append(fold)
+
+
+def _is_inside(covered: Covered, node: fx.Node) -> bool:
+    return any(fold.region.exit is not node for fold in covered.get(node, ()))
+
+
+def _dissolve(search: Search, node: fx.Node, covered: Covered) -> list[Fold] | None:
     """The folds that take a value in, one for each path behind it; None where that does not pay."""
     branches: dict[fx.Node, list[_Branch]] = {}
     for reader in search.dominators.readers[node]:
         found = list(_branches(search, node, reader, covered))
         if not found:
             return None
-        branches[found[0].exit] = found
+        for path in found:
+            branches[path[0].exit] = path
     score = search.scope.cost_model.score
     best: tuple[Score, list[Fold]] | None = None
     for entry in search.axes[node]:
-        fold = covered.get(entry)
-        if (fold is not None and fold.region.exit is not entry) or not search.dies(entry, node):
+        if _is_inside(covered, entry) or not search.dies(entry, node):
             continue
         inner = search.region(entry, node, search.axes[node][entry]).tally
         folds = _all(search, entry, node, inner, list(branches.values()))
@@ -81,25 +96,28 @@ def _dissolve(search: Search, node: fx.Node, covered: dict[fx.Node, Fold]) -> li
     return best[1] if best else None
 
 
-def _branches(
-    search: Search, node: fx.Node, reader: fx.Node, covered: dict[fx.Node, Fold]
-) -> Iterator[_Branch]:
-    """The stretches behind a value on one path that may take it in, shortest first."""
-    fold = covered.get(reader)
-    if fold is not None:
-        if fold.region.entry is node:
-            yield _Branch(fold.region.exit, _written(fold), fold)
+def _branches(search: Search, node: fx.Node, reader: fx.Node, covered: Covered) -> Iterator[list[_Branch]]:
+    """For each path behind a value through one reader, the stretches that may take it in, shortest first.
+
+    Several paths run through a reader that has been taken into several folds itself.
+    """
+    if covered.get(reader):
+        for fold in covered[reader]:
+            if fold.region.entry is node:
+                yield [_Branch(fold.region.exit, _written(fold), fold)]
         return
+    found: list[_Branch] = []
     tally = Tally()
     live = node
     while rules.live_operands(reader, search.scope.constant) == [live] and node in search.axes[reader]:
         tally = tally + search.scope.tally(reader)
-        if is_tensor(reader):
-            yield _Branch(reader, tally, None)
+        found.append(_Branch(reader, tally, None))
         readers = search.dominators.readers[reader]
-        if len(readers) != 1 or readers[0] in covered:
-            return
+        if len(readers) != 1 or covered.get(readers[0]):
+            break
         live, reader = reader, readers[0]
+    if found:
+        yield found
 
 
 def _written(fold: Fold) -> Tally:
@@ -122,7 +140,8 @@ def _all(
             axes = search.axes[end.exit].get(entry)
             if axes is None:
                 continue
-            region = Region(search.scope, entry, end.exit, axes, end.tally, shared)
+            also = end.replaced.region.shared if end.replaced else frozenset()
+            region = Region(search.scope, entry, end.exit, axes, end.tally, shared | also)
             option = _cheapest(region)
             if option is not None:
                 gain = score(option.cost - end.tally.cost)

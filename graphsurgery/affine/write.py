@@ -10,6 +10,7 @@ from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.coefficients import Coefficients, fill
 from graphsurgery.affine.emit import Emitted, emit
+from graphsurgery.affine.region import Region
 from graphsurgery.affine.search import Fold
 from graphsurgery.values import tensor_meta
 
@@ -29,16 +30,36 @@ class Written:
     detail: str
 
 
-def write(fold: Fold, memory_budget: int) -> Written:
-    """Fill, certify and write one fold into the graph of its region.
+@dataclass(frozen=True)
+class Ready:
+    """A fold that is filled and certified; nothing of it is in the graph yet.
+
+    Attributes:
+        region: what it replaces.
+        filled: its form with the coefficients.
+        residual: of its certificate.
+    """
+
+    region: Region
+    filled: Coefficients
+    residual: float
+
+    def write(self) -> Written:
+        """Write it into the graph of its region; of several folds, the one whose exit comes last first."""
+        detail = f"to {self.filled.form.kind}, coefficients by {self.filled.method}"
+        return Written(emit(self.region, self.filled), self.residual, detail)
+
+
+def prepare(fold: Fold, memory_budget: int) -> Ready:
+    """Fill and certify one fold; the graph stays as it is.
 
     Args:
-        fold: the fold; of several, the one whose exit comes last is to be written first.
+        fold: the fold.
         memory_budget: bytes that one chunk of probes may take.
 
     Raises:
         NoFold: the coefficients are not finite, do not fit the dtype, or fail the certificate; a bug of the
-            engine is refused in the same way (code `internal`). The graph is unchanged.
+            engine is refused in the same way (code `internal`).
     """
     region = fold.region
     try:
@@ -50,8 +71,20 @@ def write(fold: Fold, memory_budget: int) -> Written:
     except Exception as error:  # nothing is written yet: a bug costs one fold, not all
         reason = f"the fold could not be computed ({type(error).__name__}: {error}); please report this"
         raise NoFold("internal", reason) from error
-    detail = f"to {filled.form.kind}, coefficients by {filled.method}"
-    return Written(emit(region, filled), deviation, detail)
+    return Ready(region, filled, deviation)
+
+
+def write(fold: Fold, memory_budget: int) -> Written:
+    """Fill, certify and write one fold into the graph of its region.
+
+    Args:
+        fold: the fold; of several, the one whose exit comes last is to be written first.
+        memory_budget: bytes that one chunk of probes may take.
+
+    Raises:
+        NoFold: as `prepare`; the graph is unchanged.
+    """
+    return prepare(fold, memory_budget).write()
 
 
 def _check(fold: Fold, filled: Coefficients, deviation: float) -> None:

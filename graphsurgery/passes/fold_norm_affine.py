@@ -1,15 +1,15 @@
 """Fold weight and bias of a norm into all the layers that follow it.
 
 Rule:      A (w n(x) + b) + c = (A w) n(x) + (A b + c), for layer norm, group norm and RMS norm n
-Requires:  every reader of the norm leads by affine calls to a layer that takes weight and bias in, at no cost
-           (`not-affine`, `costs-more`); none is the model's output (`output`)
+Requires:  every reader of the norm leads by affine calls to a layer (`not-affine`, `output`) that takes
+           weight and bias in at no cost (`costs-more`, `shared-weights`); all do, or none
 Preserves: signature, shapes, dtypes; values up to rounding
 Source:    the same rule by which a batch norm folds into the layer after it
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +20,9 @@ from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.choice import DEFAULT_PARAM_GROWTH
 from graphsurgery.affine.coefficients import DEFAULT_BUDGET
 from graphsurgery.affine.dissolve import dissolved
-from graphsurgery.affine.region import Scope, Tally
+from graphsurgery.affine.region import Scope, Tally, is_heavy
 from graphsurgery.affine.search import Fold, Search
-from graphsurgery.affine.write import write
+from graphsurgery.affine.write import Ready, prepare
 from graphsurgery.cost import Cost, op_name
 from graphsurgery.graph import annotate, copy_graph_module, delete_unused_attrs, module_path
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
@@ -58,23 +58,25 @@ class FoldNormAffine(Pass):
         for norm in parted:
             for node in norm.affine:  # part of the norm, which is there before and after
                 scope.count_as(node, Tally(Cost(params=scope.params((node,))[0])))
+        search = Search(scope, DEFAULT_PARAM_GROWTH)
+        plan = dissolved(search, search.folds())
+        objections = {norm: self._objection(norm, search) for norm in parted}
         changes: list[Change] = []
         refusals: list[Refusal] = []
-        inner = {node: norm for norm in parted for node in norm.affine}
-        search = Search(scope, DEFAULT_PARAM_GROWTH)
-        for fold in dissolved(search, search.folds()):
-            members = [inner[node] for node in fold.region.nodes if node in inner]
-            if not members or fold.region.exit in inner or not _takes_in(fold):
+        for norm in parted:
+            folds = [fold for fold in plan if not norm.inner.isdisjoint(fold.region.nodes)]
+            if not folds or not _whole(norm, folds):
+                refusals.append(objections[norm])
                 continue
-            outcome = self._fold(fold, members[0])
-            if isinstance(outcome, Change):
-                changes.insert(0, outcome)
-            else:
-                refusals.insert(0, outcome)
+            try:
+                ready = [prepare(fold, self.memory_budget) for fold in folds]
+            except NoFold as refusal:  # one reader that keeps the norm as it is keeps it for all
+                refusals.append(Refusal(self.name, refusal.code, (NodeRef.of(norm.bare),), refusal.reason))
+                continue
+            found = [self._change(norm, fold, each) for fold, each in zip(folds, ready, strict=True)]
+            changes.extend(reversed(found))  # folds come last exit first
         alive = set(work.graph.nodes)
         for norm in parted:
-            if norm.affine[-1].users:
-                refusals.append(self._refusal(norm))
             norm.settle(work, alive)
         if not changes:
             return PassResult(gm, (), tuple(refusals))
@@ -83,25 +85,29 @@ class FoldNormAffine(Pass):
         work.recompile()
         return PassResult(work, tuple(changes), tuple(refusals))
 
-    def _fold(self, fold: Fold, norm: _Parted) -> Change | Refusal:
-        region, before, after = fold.region, fold.region.tally.cost, fold.option.cost
-        layers = [node for node in region.nodes if node not in norm.affine]
+    def _change(self, norm: _Parted, fold: Fold, ready: Ready) -> Change:
+        before, after = fold.region.tally.cost, fold.option.cost
+        layers = [node for node in fold.region.nodes if node not in norm.inner]
         nodes = tuple(NodeRef.of(node) for node in (norm.bare, *layers))
         kind = "+".join(node.op for node in nodes)
-        try:
-            done = write(fold, self.memory_budget)
-        except NoFold as refusal:
-            return Refusal(self.name, refusal.code, nodes, refusal.reason, before, after)
+        done = ready.write()
         new = (nodes[0], *(NodeRef.of(node) for node in done.emitted.nodes))
         detail = f"{done.detail}; the norm keeps no weight"
         return Change(self.name, kind, nodes, new, done.emitted.written, before, after, done.residual, detail)
 
-    def _refusal(self, norm: _Parted) -> Refusal:
-        readers = list(norm.affine[-1].users)
-        named = ", ".join(_called(reader) for reader in readers[:3]) + (", ..." if len(readers) > 3 else "")
-        code = "output" if any(reader.op == "output" for reader in readers) else "not-affine"
-        reason = f"its weight and bias stay: not every reader ({named}) leads to a layer that takes them in"
-        return Refusal(self.name, code, (NodeRef.of(norm.bare),), reason)
+    def _objection(self, norm: _Parted, search: Search) -> Refusal:
+        """Why weight and bias stay, if they do."""
+        layers, others = _reached(norm, search)
+        if any(node.op == "output" for node in others):
+            code, reason = "output", "they are part of an output"
+        elif others:
+            named = ", ".join(_called(node) for node in others[:3]) + (", ..." if len(others) > 3 else "")
+            code, reason = "not-affine", f"not every reader leads to a layer that takes them in ({named})"
+        elif any(search.scope.params((node,))[1] for node in (*norm.affine, *layers)):
+            code, reason = "shared-weights", "other calls read these weights, or those of the layers, too"
+        else:
+            code, reason = "costs-more", "the layers that follow do not take them in without more work"
+        return Refusal(self.name, code, (NodeRef.of(norm.bare),), f"its weight and bias stay: {reason}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class _Parted:
     bare: fx.Node
     affine: tuple[fx.Node, ...]
     args: tuple[Any, ...]
+
+    @property
+    def inner(self) -> frozenset[fx.Node]:
+        """The scale and the shift."""
+        return frozenset(self.affine)
 
     def settle(self, gm: fx.GraphModule, alive: Collection[fx.Node]) -> None:
         """Give the norm weight and bias back if something still reads them; `alive` are the graph's nodes."""
@@ -172,10 +183,35 @@ def _part(gm: fx.GraphModule, norm: fx.Node) -> _Parted:
     return _Parted(norm, tuple(affine), args)
 
 
-def _takes_in(fold: Fold) -> bool:
-    """Whether the form is one layer with a bias and nothing beside it that was not there."""
-    slots = fold.option.form.slots
-    return "weight" in slots and set(slots) <= {"weight", "bias"}
+def _whole(norm: _Parted, folds: Sequence[Fold]) -> bool:
+    """Whether folds take scale and shift in on every path, each into one layer with nothing new beside it."""
+    for fold in folds:
+        slots = fold.option.form.slots
+        if "weight" not in slots or not set(slots) <= {"weight", "bias"}:
+            return False
+        if fold.region.entry is not norm.bare or not norm.inner <= set(fold.region.nodes):
+            return False
+    members = {node for fold in folds for node in fold.region.nodes}
+    dying = members - {fold.region.exit for fold in folds}
+    return all(members.issuperset(node.users) for node in dying)
+
+
+def _reached(norm: _Parted, search: Search) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The layers that weight and bias reach by affine calls, and whatever else they reach."""
+    layers, others = [], []
+    stack, seen = [norm.affine[-1]], set(norm.affine)
+    while stack:
+        for reader in stack.pop().users:
+            if reader in seen:
+                continue
+            seen.add(reader)
+            if norm.bare not in search.axes.get(reader, ()):
+                others.append(reader)
+            elif is_heavy(reader):
+                layers.append(reader)
+            else:
+                stack.append(reader)
+    return layers, others
 
 
 def _called(node: fx.Node) -> str:
