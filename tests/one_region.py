@@ -25,10 +25,7 @@ def region_of(model: nn.Module, x: torch.Tensor) -> Region:
     (output,) = scope.gm.graph.find_nodes(op="output")
     exit_ = output.args[0]
     exit_ = exit_[0] if isinstance(exit_, (tuple, list)) else exit_
-<<<<<<< HEAD
     (entry,) = (node for node in scope.gm.graph.nodes if node.op == "placeholder")
-=======
->>>>>>> norms
     return Region(scope, entry, exit_, scope.axes(entry, exit_))
 
 
