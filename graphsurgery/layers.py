@@ -60,9 +60,12 @@ def read_layer(node: fx.Node) -> Layer | None:
 
 
 def _layer(
-    kind: type[nn.Module], operand: Any, tensors: dict[str, Any], config: dict[str, Any]
+    kind: type[nn.Module], operand: Any, tensors: dict[str, Any], config: dict[str, Any], bare: bool = False
 ) -> Layer | None:
-    """Return the layer, or None when a tensor is computed or a number is symbolic."""
+    """Return the layer, or None when a tensor is computed, a number is symbolic, or it has no tensor.
+
+    A norm without weight may be bare of tensors.
+    """
     targets = []
     for name, value in tensors.items():
         if value is None:
@@ -73,7 +76,7 @@ def _layer(
     plain = all(
         not isinstance(item, (fx.Node, torch.SymInt)) for value in config.values() for item in _items(value)
     )
-    if not plain or not targets or not isinstance(operand, fx.Node) or operand.op == "get_attr":
+    if not plain or not (targets or bare) or not isinstance(operand, fx.Node) or operand.op == "get_attr":
         return None
     items = tuple((key, tuple(v) if isinstance(v, (list, tuple)) else v) for key, v in config.items())
     return Layer(kind, items, tuple(targets), operand)
@@ -167,19 +170,23 @@ def _layer_norm(node: fx.Node, a: dict[str, Any]) -> Layer | None:
         "elementwise_affine": a["weight"] is not None,
         "bias": a["bias"] is not None,
     }
-    return _layer(nn.LayerNorm, a["input"], {"weight": a["weight"], "bias": a["bias"]}, config)
+    tensors = {"weight": a["weight"], "bias": a["bias"]}
+    return _layer(nn.LayerNorm, a["input"], tensors, config, bare=a["weight"] is None)
 
 
 def _rms_norm(node: fx.Node, a: dict[str, Any]) -> Layer | None:
-    config = {"normalized_shape": a["normalized_shape"], "eps": a["eps"]}
-    return _layer(nn.RMSNorm, a["input"], {"weight": a["weight"]}, config)
+    bare = a["weight"] is None
+    config = {"normalized_shape": a["normalized_shape"], "eps": a["eps"], "elementwise_affine": not bare}
+    return _layer(nn.RMSNorm, a["input"], {"weight": a["weight"]}, config, bare)
 
 
 def _group_norm(node: fx.Node, a: dict[str, Any]) -> Layer | None:
     if (a["weight"] is None) is not (a["bias"] is None):
         return None
+    bare = a["weight"] is None
     config = {"num_groups": a["num_groups"], "num_channels": _shape(a["input"])[1], "eps": a["eps"]}
-    return _layer(nn.GroupNorm, a["input"], {"weight": a["weight"], "bias": a["bias"]}, config)
+    tensors = {"weight": a["weight"], "bias": a["bias"]}
+    return _layer(nn.GroupNorm, a["input"], tensors, {**config, "affine": not bare}, bare)
 
 
 def _embedding(node: fx.Node, a: dict[str, Any]) -> Layer | None:

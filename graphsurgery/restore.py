@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from graphsurgery.graph import copy_graph_module, fresh_attr, get_attr_value, has_attr, set_attr
+from graphsurgery.graph import copy_graph_module, fresh_attr, get_attr_value, has_attr, module_path, set_attr
 from graphsurgery.layers import Layer, read_layer
 
 __all__ = ["restore"]
@@ -89,6 +89,8 @@ def _after_deepcopy(gm: fx.GraphModule, *, loose: tuple[str, ...]) -> None:
 
 def _place(gm: fx.GraphModule, node: fx.Node, layer: Layer, made: dict[str, tuple[Any, ...]]) -> str | None:
     """Return the path of the module for this call, made now if need be; None when it does not fit."""
+    if not layer.tensors:
+        return _place_bare(gm, node, layer, made)
     for path, key in made.items():
         if key == layer.key:
             return path
@@ -103,6 +105,25 @@ def _place(gm: fx.GraphModule, node: fx.Node, layer: Layer, made: dict[str, tupl
         return None
     path = fresh_attr(gm, f"{main}_{_word(node)}")
     return path if _install(gm, path, layer, rename=True) else None
+
+
+def _place_bare(
+    gm: fx.GraphModule, node: fx.Node, layer: Layer, made: dict[str, tuple[Any, ...]]
+) -> str | None:
+    """The path of a layer without tensors: that of the module it came from, if nothing else lives there."""
+    path = module_path(node)
+    if path in made:
+        return path if made[path] == layer.key else None
+    if not path:
+        return None
+    if has_attr(gm, path):
+        try:
+            old = gm.get_submodule(path)
+        except AttributeError:  # a tensor
+            return None
+        if type(old) is not nn.Module or old._parameters or old._buffers or old._modules:
+            return None
+    return path if _install(gm, path, layer, rename=False) else None
 
 
 def _word(node: fx.Node) -> str:
@@ -145,7 +166,8 @@ def _install(gm: fx.GraphModule, path: str, layer: Layer, *, rename: bool) -> bo
             module._parameters[name] = value  # type: ignore[assignment]
         else:
             module._buffers[name] = value
-    _fill_counter(module, old, next(iter(values.values())).device)
+    if values:
+        _fill_counter(module, old, next(iter(values.values())).device)
     if old is not None:
         _move_rest(old, module)
     if rename:

@@ -374,3 +374,31 @@ def test_real_networks(make: Callable[[], nn.Module], size: int) -> None:
     assert kept == {name for name in layers(restored) if name in kept}
     for name in kept:
         assert repr(restored.get_submodule(name)) == repr(model.get_submodule(name))
+
+
+class Bare(nn.Module):
+    """Norms without weight: two modules, one of them called twice, and a function beside a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6, elementwise_affine=False)
+        self.groups = nn.GroupNorm(2, 6, affine=False)
+        self.root = nn.RMSNorm(6, eps=1e-6, elementwise_affine=False)
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.fc(torch.tanh(self.norm(x))))
+        return F.layer_norm(self.root(self.groups(y)), (6,))
+
+
+def test_norms_without_weight_are_modules_under_their_names() -> None:
+    model = Bare().eval()
+    x = torch.randn(3, 6)
+    restored = restore(capture(model, (x,)))
+    kinds = {
+        name: type(module) for name, module in restored.named_modules() if "Norm" in type(module).__name__
+    }
+    assert kinds == {"norm": nn.LayerNorm, "groups": nn.GroupNorm, "root": nn.RMSNorm}
+    assert sum(node.op == "call_module" and node.target == "norm" for node in restored.graph.nodes) == 2
+    assert any(node.op == "call_function" for node in restored.graph.nodes if "norm" in str(node.target))
+    torch.testing.assert_close(restored(x), model(x), rtol=0, atol=0)
