@@ -37,7 +37,7 @@ _MANY = 32
 """Entries of one kind that are followed at most; only chains whose sizes fall all the way have so many."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fold:
     """A region to fold and the form chosen for it."""
 

@@ -74,19 +74,6 @@ def prepare(fold: Fold, memory_budget: int) -> Ready:
     return Ready(region, filled, deviation)
 
 
-def write(fold: Fold, memory_budget: int) -> Written:
-    """Fill, certify and write one fold into the graph of its region.
-
-    Args:
-        fold: the fold; of several, the one whose exit comes last is to be written first.
-        memory_budget: bytes that one chunk of probes may take.
-
-    Raises:
-        NoFold: as `prepare`; the graph is unchanged.
-    """
-    return prepare(fold, memory_budget).write()
-
-
 def _check(fold: Fold, filled: Coefficients, deviation: float) -> None:
     dtype = tensor_meta(fold.region.exit).dtype
     for slot, value in filled.slots.items():

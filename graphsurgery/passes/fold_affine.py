@@ -13,6 +13,8 @@ Source:    Freivalds 1977 for the certificate; adjoint probing as in matrix-free
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +28,7 @@ from graphsurgery.affine.outlook import Declined, outlook
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.search import Fold, Search
 from graphsurgery.affine.sums import Scattered, regroup, scattered
-from graphsurgery.affine.write import write
+from graphsurgery.affine.write import Ready, prepare
 from graphsurgery.cost import CostModel, cost_model, op_name
 from graphsurgery.graph import copy_graph_module, delete_unused_attrs
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
@@ -62,7 +64,9 @@ class FoldAffine(Pass):
         while True:  # what was written may fold again: the scale of a norm, a view beside a view
             scope = Scope(work, model)
             search = Search(scope, self.max_param_growth)
-            outcomes = [self._fold(fold) for fold in dissolved(search, search.folds())][::-1]
+            plan = dissolved(search, search.folds())
+            ready = self._together(plan)
+            outcomes = [self._fold(fold, ready.get(fold)) for fold in plan][::-1]
             made = [outcome for outcome in outcomes if isinstance(outcome, Change)]
             refusals = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
             changes += made
@@ -98,13 +102,32 @@ class FoldAffine(Pass):
                 return trial
         return None
 
-    def _fold(self, fold: Fold) -> Change | Refusal:
+    def _together(self, plan: Sequence[Fold]) -> dict[Fold, Ready | NoFold]:
+        """Folds that take in one value, filled and certified: one that fails keeps the value for all.
+
+        Only together do they pay.
+        """
+        groups: dict[tuple[fx.Node, frozenset[fx.Node]], list[Fold]] = defaultdict(list)
+        for fold in plan:
+            if fold.region.shared:
+                groups[fold.region.entry, fold.region.shared].append(fold)
+        outcomes: dict[Fold, Ready | NoFold] = {}
+        for folds in groups.values():
+            try:
+                outcomes.update({fold: prepare(fold, self.memory_budget) for fold in folds})
+            except NoFold as refusal:
+                outcomes.update(dict.fromkeys(folds, refusal))
+        return outcomes
+
+    def _fold(self, fold: Fold, ready: Ready | NoFold | None) -> Change | Refusal:
         """Fill, certify and write one fold; a fold that fails its certificate is dropped."""
         region, before, after = fold.region, fold.region.tally.cost, fold.option.cost
         nodes = tuple(NodeRef.of(node) for node in region.nodes)
         kind = "+".join(op_name(node) for node in region.nodes)
         try:
-            done = write(fold, self.memory_budget)
+            if isinstance(ready, NoFold):
+                raise ready
+            done = (ready or prepare(fold, self.memory_budget)).write()
         except NoFold as refusal:
             return Refusal(self.name, refusal.code, nodes, refusal.reason, before, after)
         new = tuple(NodeRef.of(node) for node in done.emitted.nodes)

@@ -868,3 +868,37 @@ def test_an_error_inside_costs_one_fold_and_not_the_others(monkeypatch: pytest.M
     result = FoldAffine().run(capture(model, (torch.randn(2, 3, 9, 9),)))
     assert len(result.changes) == 1
     assert "internal" in codes(result)
+
+
+class Heads(nn.Module):
+    """One Linear in front of three heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, 32)
+        self.heads = nn.ModuleList(nn.Linear(32, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.stem(x)
+        return [torch.relu(head(y)) for head in self.heads]
+
+
+def test_a_value_read_by_all_heads_folds_into_all_or_none() -> None:
+    x = torch.randn(3, 16)
+    whole = fold_heads(seeded(Heads), x)
+    assert sorted(change.parameters[0] for change in whole.changes) == [f"heads.{i}.weight" for i in range(3)]
+    assert "stem.weight" not in dict(whole.graph_module.named_parameters())
+
+    broken = seeded(Heads)
+    with torch.no_grad():
+        broken.heads[1].weight[0, 0] = torch.nan
+    none = fold_heads(broken, x)
+    assert not none.changes
+    assert codes(none).count("not-finite") == 3
+
+
+def fold_heads(model: nn.Module, x: Tensor) -> PassResult:
+    result = FoldAffine().run(capture(model, (x,)))
+    for got, wanted in zip(result.graph_module(x), model(x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return result
