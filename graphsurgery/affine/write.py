@@ -42,7 +42,8 @@ def write(fold: Fold, memory_budget: int) -> Written:
     """
     region = fold.region
     try:
-        filled = fill(region, fold.option.form, memory_budget)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+            filled = fill(region, fold.option.form, memory_budget)
         deviation = residual(region, filled.form, filled.slots)
         _check(fold, filled, deviation)
     except NoFold:
