@@ -53,8 +53,8 @@ def tensor_meta(node: fx.Node) -> torch.Tensor:
 class Sizes:
     """The symbolic sizes of one graph and how they are bound to integers.
 
-    A size that is a product of symbols and a number is read as such; any other expression (the size behind
-    a strided convolution, `(s - 1) // 2 + 1`) is a symbol of its own, with a prime of its own.
+    A size is read as a product of a number and factors. A factor that is no symbol (the size behind a strided
+    convolution, `(s - 1) // 2 + 1`) counts as one, with a prime of its own.
 
     Attributes:
         batch: symbols that lead an input tensor (axis 0); a dynamic batch.
@@ -84,7 +84,7 @@ class Sizes:
         self.batch = tuple(batch)
         self.others = tuple(others.items())
         tokens: dict[sympy.Expr, None] = dict.fromkeys((*batch, *others))
-        tokens.update((expr, None) for expr in expressions if _factors(expr) is None)
+        tokens.update((factor, None) for expr in expressions for factor in _factors(expr)[1])
         self._prime_of: dict[sympy.Expr, int] = dict(zip(tokens, _primes(len(tokens)), strict=True))
         self.primes = {prime: expr for expr, prime in self._prime_of.items()}
 
@@ -99,11 +99,10 @@ class Sizes:
         expr: sympy.Expr = size.node.expr
         if expr in self._prime_of:
             return self._prime_of[expr]
-        factors = _factors(expr)
-        if factors is None:
+        number, factors = _factors(expr)
+        if any(factor not in self._prime_of for factor in factors):
             raise KeyError(f"size {expr} is not a size of the graph that was read")
-        number, symbols = factors
-        return prod((number, *(self._prime_of[symbol] for symbol in symbols)))
+        return prod((number, *(self._prime_of[factor] for factor in factors)))
 
     def at(self, size: int | torch.SymInt, batch: int) -> int:
         """A size with every batch symbol taken as `batch` and every other at the example's size."""
@@ -127,18 +126,18 @@ def _primes(count: int) -> list[int]:
     return primes[:count]
 
 
-def _factors(expr: sympy.Expr) -> tuple[int, list[sympy.Symbol]] | None:
-    """A product of symbols and a positive number, or None where the expression is none."""
-    number, symbols = 1, []
+def _factors(expr: sympy.Expr) -> tuple[int, list[sympy.Expr]]:
+    """A size as a positive number times symbols and other expressions; one factor where it is no product."""
+    number, factors = 1, []
     for factor in sympy.Mul.make_args(expr):
         base, power = factor.as_base_exp()
         if factor.is_Integer and factor > 0:
             number *= int(factor)
-        elif base.is_Symbol and power.is_Integer and power > 0:
-            symbols += [base] * int(power)
+        elif not factor.is_number and power.is_Integer and power > 0:
+            factors += [base] * int(power)
         else:
-            return None
-    return number, symbols
+            return 1, [expr]
+    return number, factors
 
 
 def _hint(size: torch.SymInt, symbol: sympy.Symbol) -> int:

@@ -217,8 +217,10 @@ class Axes:
         Where the sizes do not factor, the atoms concerned are mixed.
 
         Raises:
-            NoFold: a symbolic size would have to be mixed.
+            NoFold: a symbolic size would have to be mixed, or sizes hold symbols that do not factor alike.
         """
+        if size_of(self.atoms()) != prod(shape):
+            raise NoFold("dynamic-shape", "symbolic sizes before and after a view cannot be compared")
         axes: Axes = self
         queue = [atom for atom in self.atoms() if atom.size != 1]
         single = [atom for atom in self.atoms() if atom.size == 1 and not atom.fresh]

@@ -321,7 +321,7 @@ class _Walk:
         return live[0].kernel.plus(live[1].kernel, left, right)
 
     def _diagonal(self, node: fx.Node, operand: fx.Node, value: _Value) -> Kernel | None:
-        """A call that scales and shifts along the channels: seen on zeros and ones."""
+        """A call that scales and shifts along the channels: its value at zero and its derivative."""
         rank, channel = len(tensor_meta(node).shape), value.layout.index(self.channel)
         if rank != len(value.layout) or (op_name(node) == "batch_norm" and channel != 1):
             return None
@@ -332,11 +332,10 @@ class _Walk:
                     return None
         sizes = [1] * rank
         sizes[channel] = value.kernel.weight.shape[0]
-        with torch.no_grad():
-            run = runner(self.scope, operand, (node,), 1)
-            shift = run(torch.zeros(sizes, dtype=torch.float64))
-            scale = run(torch.ones(sizes, dtype=torch.float64)) - shift
-        return value.kernel.diagonal(scale.flatten(), shift.flatten())
+        zero = torch.zeros(sizes, dtype=torch.float64, requires_grad=True)
+        shift = runner(self.scope, operand, (node,), 1)(zero)
+        (scale,) = torch.autograd.grad(shift.sum(), zero)  # a difference would lose it beside a large shift
+        return value.kernel.diagonal(scale.flatten(), shift.detach().flatten())
 
     def _linear(self, node: fx.Node, kernel: Kernel) -> Kernel | None:
         weight = self._constant(node, 1, "weight")

@@ -74,12 +74,12 @@ def entry_shift(region: Region, shape: tuple[int, ...]) -> torch.Tensor:
         NoFold: a scale is zero.
     """
     run = runner(region.scope, region.entry, lead(region), 1)
-    with torch.no_grad():
-        b = run(torch.zeros(shape, dtype=torch.float64))
-        a = run(torch.ones(shape, dtype=torch.float64)) - b
+    zero = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    b = run(zero)
+    (a,) = torch.autograd.grad(b.sum(), zero)  # a difference would lose it beside a large shift
     if not bool((a != 0).all()):
         raise NoFold("zero-scale", "a scale of zero cannot be taken out of the shift before it")
-    shift: torch.Tensor = b / a
+    shift: torch.Tensor = b.detach() / a
     return shift
 
 

@@ -131,3 +131,10 @@ def test_shuffled_features_are_features_and_shuffled_positions_are_gone() -> Non
     assert (features.gone, features.causes, features.pinned) == ((), (), False)
     positions = Axes.entry((2, 5), ()).shuffle(1, 4, cause)
     assert (positions.dims[1], positions.gone, positions.causes) == ((Atom(4),), (Atom(5, 1),), (cause,))
+
+
+def test_sizes_that_cannot_be_compared_are_refused() -> None:
+    """A symbolic size that is written in two ways has two primes."""
+    with pytest.raises(NoFold, match="cannot be compared") as refusal:
+        Axes.entry((2, 101), (101, 103)).reshape((2, 103))
+    assert refusal.value.code == "dynamic-shape"

@@ -421,6 +421,58 @@ def test_folds_with_dynamic_positions() -> None:
         assert (result.graph_module(y) - model(y)).abs().max() <= 1e-10
 
 
+@pytest.mark.parametrize("size", [(8, 12), (12, 8), (20, 4)], ids=str)
+def test_folds_patches_of_a_map_of_any_size(size: tuple[int, int]) -> None:
+    """The size of the flattened map is a product of two sizes that are no symbols: `(h // 4) * (w // 4)`."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 6), nn.Conv2d(6, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, _, h, w = x.shape
+            tokens = self.mix(self.embed(x).flatten(2).transpose(1, 2))
+            return self.head(tokens.transpose(1, 2).reshape(n, 6, h // 4, w // 4))
+
+    free = torch.export.Dim.DYNAMIC
+    model = seeded(Patches).double()
+    x = torch.randn(2, 3, 16, 8, dtype=torch.float64)
+    gm = capture(model, (x,), dynamic_shapes=({0: free, 2: free, 3: free},))
+    result = FoldAffine().run(gm)
+    assert ops(result.graph_module) == ["conv2d"]
+    y = torch.randn(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = model(y)
+    assert (result.graph_module(y) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_large_shift_hides_no_scale(padding: int) -> None:
+    """A norm of values of 1e10: its scale is 1e-10 beside a shift of one."""
+    model = seeded(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=padding))).double()
+    model[0].running_mean.mul_(1e10)
+    model[0].running_var.mul_(1e20)
+    x = 1e10 * torch.randn(2, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    result = FoldAffine().run(capture(model, (x,)))
+    assert "batch_norm" not in ops(result.graph_module)
+    wanted = model(x)
+    assert (result.graph_module(x) - wanted).abs().max() <= 1e-13 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_folds_where_gradients_are_switched_off(off: Callable[[], Any]) -> None:
+    """Coefficients come from adjoints, whatever mode the caller is in."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(), nn.Linear(16, 5)))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = model.double()
+    with off():
+        result = FoldAffine().run(capture(model, (x,)))
+    assert ops(result.graph_module) == ["reshape", "linear"]
+    assert not result.refusals
+    wanted = model(x)
+    assert (result.graph_module(x) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
 # -- 2. leaves alone -------------------------------------------------------------------------------------
 
 
