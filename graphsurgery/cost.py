@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -112,6 +112,7 @@ class Cost:
 Score = tuple[float, ...]
 
 
+@runtime_checkable
 class CostModel(Protocol):
     """What is cheaper than what."""
 

@@ -30,6 +30,7 @@ from graphsurgery.affine.search import Fold, Search
 from graphsurgery.affine.sums import Scattered, regroup, scattered
 from graphsurgery.affine.write import Ready, prepare
 from graphsurgery.cost import CostModel, cost_model, op_name
+from graphsurgery.errors import PassError
 from graphsurgery.graph import copy_graph_module, delete_unused_attrs
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 
@@ -54,6 +55,22 @@ class FoldAffine(Pass):
     summary: ClassVar[str] = (
         "fold linear chains and branches (conv, Linear, norm, scale, sum, pool, view) into one layer"
     )
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PassError: one of them makes no sense.
+        """
+        growth, budget = self.max_param_growth, self.memory_budget
+        if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not growth >= 1:
+            raise PassError(f"max_param_growth of {self.name!r} is a number of at least 1, got {growth!r}")
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
+            raise PassError(f"memory_budget of {self.name!r} is a positive number of bytes, got {budget!r}")
+        if not isinstance(cost_model(self.cost), CostModel):
+            raise PassError(
+                f"cost of {self.name!r} is the name of a cost model or a CostModel, got {self.cost!r}"
+            )
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Fold what pays in a copy of `gm`; say why the rest stays."""

@@ -18,6 +18,7 @@ from graphsurgery.affine.coefficients import Coefficients
 from graphsurgery.affine.region import Region
 from graphsurgery.capture import capture
 from graphsurgery.cost import Cost, graph_cost, layer_counts, op_name
+from graphsurgery.errors import PassError
 from graphsurgery.graph import structural_hash
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
@@ -954,3 +955,21 @@ def fold_heads(model: nn.Module, x: Tensor) -> PassResult:
     for got, wanted in zip(result.graph_module(x), model(x), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
     return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_param_growth": "2"},
+        {"max_param_growth": -1},
+        {"max_param_growth": float("nan")},
+        {"memory_budget": -5},
+        {"memory_budget": 1.5},
+        {"cost": "nodes"},
+        {"cost": 3},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(PassError, match=next(iter(options)).split("_")[0]):
+        FoldAffine(**options)
