@@ -230,40 +230,35 @@ class _Probe:
             self._put(kernel[:, :, start:stop], flat[torch.arange(n)].permute(1, 2, 0, *self._last), at, taps)
 
     def _rows(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
-        roles = self.roles
+        roles, n = self.roles, stop - start
         entry_sizes, exit_sizes = self._probe_sizes()
-        # Rows need no values: one sample runs forward, and only its adjoint runs for many seeds at once.
-        tiles = self._tiles(start, stop, batch) if self._batches else [(start, stop)]
-        batch = 1 if self._batches else batch
-        shape = [prod(self._sizes(entry_sizes, batch, dim)) for dim in roles.entry]
+        # Rows need no values: one sample runs forward, and only its adjoint runs for all seeds at once.
+        forward = 1 if self._batches else batch
+        shape, whole = (
+            [prod(self._sizes(entry_sizes, b, dim)) for dim in roles.entry] for b in (forward, batch)
+        )
         x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        y = self.region.runner(batch)(x)
+        y = self.region.runner(forward)(x)
         for at, taps in self._looks(entry_sizes, exit_sizes):
-            seeds = [
-                self._one_hots(
-                    roles.exit, exit_sizes, self.order_out, roles.fresh, first, last - first, batch, at
-                )
-                for first, last in tiles
-            ]
-            if len(seeds) > 1:
-                stacked = torch.stack(seeds)
-                (grads,) = torch.autograd.grad(y, x, stacked, retain_graph=True, is_grads_batched=True)
-            else:
-                (grads,) = torch.autograd.grad(y, x, seeds, retain_graph=True)
-                grads = grads.unsqueeze(0)
-            for (first, last), grad in zip(tiles, grads, strict=True):
-                flat = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)
-                self._put(kernel[:, first:last], flat[: last - first].transpose(0, 1), at, taps)
+            seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
+            each = seeds.reshape(-1, *y.shape)
+            (grad,) = torch.autograd.grad(
+                y, x, each if len(each) > 1 else seeds, retain_graph=True, is_grads_batched=len(each) > 1
+            )
+            flat = self._canonical(
+                grad.reshape(whole), roles.entry, entry_sizes, self.order_in, roles.gone, batch
+            )
+            self._put(kernel[:, start:stop], flat[:n].transpose(0, 1), at, taps)
 
     @property
     def _batches(self) -> bool:
-        """Whether torch runs the adjoint of every call for many seeds at once."""
-        return all(op_name(node) in _BATCHED for node in self.region.nodes)
+        """Whether the adjoint of one sample can run for many seeds at once.
 
-    def _tiles(self, start: int, stop: int, batch: int) -> list[tuple[int, int]]:
-        """A chunk as the stretches that fill one sample each."""
-        each = ceil((stop - start) / batch)
-        return [(first, min(stop, first + each)) for first in range(start, stop, each)]
+        The batch leads both sides, and torch has batching rules for the adjoint of every call.
+        """
+        lead = [dim[:1] for dim in (*self.roles.entry[:1], *self.roles.exit[:1])]
+        leads = len(lead) == 2 and lead[0] == lead[1] and self.roles.symbolic(lead[0])
+        return leads and all(op_name(node) in _BATCHED for node in self.region.nodes)
 
     @property
     def _last(self) -> range:

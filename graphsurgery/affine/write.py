@@ -78,7 +78,8 @@ def prepare(fold: Fold, memory_budget: int) -> Ready:
 def _check(fold: Fold, filled: Coefficients, deviation: float) -> None:
     dtype = tensor_meta(fold.region.exit).dtype
     for slot, value in filled.slots.items():
-        largest = float(torch.linalg.vector_norm(value, torch.inf)) if value.numel() else 0.0
+        low, high = torch.aminmax(value) if value.numel() else (torch.zeros(()), torch.zeros(()))
+        largest = max(abs(float(low)), abs(float(high)))  # a NaN makes both NaN
         if not largest < float("inf"):
             raise NoFold(
                 "not-finite", f"the folded {slot} holds NaN or infinity, as the weights it comes from do"
