@@ -111,7 +111,8 @@ def _branches(search: Search, node: fx.Node, reader: fx.Node, covered: Covered) 
     live = node
     while rules.live_operands(reader, search.scope.constant) == [live] and node in search.axes[reader]:
         tally = tally + search.scope.tally(reader)
-        found.append(_Branch(reader, tally, None))
+        if is_tensor(reader):  # a region does not end in the parts of a split
+            found.append(_Branch(reader, tally, None))
         readers = search.dominators.readers[reader]
         if len(readers) != 1 or covered.get(readers[0]):
             break
