@@ -33,7 +33,7 @@ def fix_constants(gm: fx.GraphModule, names: tuple[str, ...]) -> tuple[str, ...]
         if "val" in meta and type(meta["val"]) in _KINDS
     )
     if fixed:
-        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
         gm.graph._codegen = _CheckedCodeGen(info, fixed)
         gm.recompile()
     return tuple(

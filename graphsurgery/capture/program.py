@@ -51,7 +51,7 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return model(*fresh.args, **fresh.kwargs)
-    except Exception as error:
+    except Exception as error:  # the user's model can raise anything
         raise CaptureError(
             f"{type(model).__name__} fails on the example inputs ({inputs.describe()}): {_complaint(error)}"
             f"{_at(error)}; pass inputs that the model accepts."
@@ -137,7 +137,7 @@ def _is_free(size: int | torch.SymInt) -> bool:
 def _try_dynamic(model: nn.Module, inputs: Inputs, carriers: list[int]) -> ExportedProgram:
     # A size of 1 would be taken for a constant, so a single sample is repeated.
     wide = inputs.with_batch(2, carriers) if inputs.batch() == 1 else inputs
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # torch types no __init__
     tensors = wide.tensors()
     for index in carriers:
         shapes[tensors[index]] = {0: Dim.AUTO}
@@ -188,7 +188,7 @@ def export_static(model: nn.Module, inputs: Inputs, reason: str) -> Exported:
 def _export_or_refuse(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
     try:
         return _export(model, inputs, dynamic_shapes)
-    except Exception as error:
+    except Exception as error:  # torch.export lets through whatever the model or it raises
         raise _refuse(model, error) from error
 
 

@@ -166,7 +166,7 @@ def _leaf_paths(spec: Any) -> list[list[str]]:
 
 def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
     """Return a name for every flat input: the argument's, with the keys inside of it (`batch_image`)."""
-    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
     args = info.in_spec.children()[0]
     keywords = list(info.in_spec.children()[1].context)
     names: list[str] = []
@@ -178,7 +178,7 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
 
 def output_names(gm: fx.GraphModule) -> tuple[str, ...]:
     """Return a name for every flat output: its keys, or `output` and a number where it has none."""
-    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]  # as above
     names = []
     for path in _leaf_paths(spec):
         text = _join(path)
