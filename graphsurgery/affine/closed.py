@@ -25,13 +25,12 @@ from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes, Window
 from graphsurgery.affine.forms import Form
 from graphsurgery.affine.program import Conv, Linear
-from graphsurgery.affine.region import Region, Scope, is_heavy, runner
+from graphsurgery.affine.region import ELEMENTWISE, Region, Scope, is_heavy, runner
 from graphsurgery.affine.rules import ints
 from graphsurgery.affine.rules_movement import permutation
 from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 
-_ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
 _PLAIN = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous", "detach", "_to_copy", "to"})
 _PARTS = frozenset({"slice", "select"})
 _PERMUTES = frozenset({"permute", "movedim", "transpose"})
@@ -283,7 +282,7 @@ class _Walk:
         if name in _PERMUTES:
             order = permutation(node, operands[0])
             return _Value(first.kernel, tuple(first.layout[i] for i in order))
-        if name in _ELEMENTWISE:
+        if name in ELEMENTWISE:
             found = self._diagonal(node, operands[0], first)
         elif name == "linear" and first.layout[-1] == self.channel:
             found = self._linear(node, first.kernel)

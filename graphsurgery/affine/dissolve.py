@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from graphsurgery.affine import rules
-from graphsurgery.affine.atoms import NoFold
-from graphsurgery.affine.choice import Option, movements, options
-from graphsurgery.affine.preshift import preshifted
+from graphsurgery.affine.choice import Option, movements
 from graphsurgery.affine.region import Region, Tally
-from graphsurgery.affine.search import Fold, Search
+from graphsurgery.affine.search import Fold, Search, cheapest
 from graphsurgery.cost import Cost, Score
 from graphsurgery.values import is_tensor
 
@@ -143,7 +141,7 @@ def _all(
                 continue
             also = end.replaced.region.shared if end.replaced else frozenset()
             region = Region(search.scope, entry, end.exit, axes, end.tally, shared | also)
-            option = _cheapest(region)
+            option = cheapest(region, None)
             if option is not None:
                 gain = score(option.cost - end.tally.cost)
                 found.append((gain, end, region, option))
@@ -161,15 +159,6 @@ def _all(
         return None
     first = replace(chosen[0].region, summed=(chosen[0].region.summed or Tally()) + inner)
     return [Fold(first, chosen[0].option), *chosen[1:]]
-
-
-def _cheapest(region: Region) -> Option | None:
-    try:
-        found = list(options(region))
-    except NoFold:
-        found = []
-    found += preshifted(region)
-    return min(found, key=lambda option: region.scope.cost_model.score(option.cost), default=None)
 
 
 def _sum(chosen: Sequence[Option]) -> Cost:

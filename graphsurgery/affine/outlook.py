@@ -50,7 +50,7 @@ def outlook(scope: Scope, growth: float) -> Iterator[Declined]:
             yield from _pair(scope, node, growth)
         if op_name(node) == "batch_norm":
             yield from _norm(scope, node)
-        elif len(_joined(scope, node)) > 1 and rules.has_rule(node, 2):
+        elif len(rules.live_operands(node, scope.constant)) > 1 and rules.has_rule(node, 2):
             yield from _branches(scope, node, growth)
 
 
@@ -122,7 +122,11 @@ def _pair(scope: Scope, node: fx.Node, growth: float) -> Iterator[Declined]:
 def _branches(scope: Scope, node: fx.Node, growth: float) -> Iterator[Declined]:
     """A sum or concatenation whose operands all come from one value by affine calls, layers among them."""
     readers = list(node.users)
-    if len(readers) == 1 and len(_joined(scope, readers[0])) > 1 and rules.has_rule(readers[0], 2):
+    if (
+        len(readers) == 1
+        and len(rules.live_operands(readers[0], scope.constant)) > 1
+        and rules.has_rule(readers[0], 2)
+    ):
         return  # a longer sum: its last call speaks for all of it
     entry = nearest_cut(scope, node)
     if entry is None:
@@ -178,10 +182,6 @@ def nearest_cut(scope: Scope, node: fx.Node) -> fx.Node | None:
             return None
         frontier.update(operands)
     return next(iter(frontier), None)
-
-
-def _joined(scope: Scope, node: fx.Node) -> list[fx.Node]:
-    return rules.live_operands(node, scope.constant)
 
 
 def is_member(scope: Scope, node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ a padded convolution, becomes one addition and one layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from math import prod
 
@@ -17,11 +18,10 @@ from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Atom, Axes, NoFold
 from graphsurgery.affine.choice import Option, options
 from graphsurgery.affine.program import Shift
-from graphsurgery.affine.region import Region, runner
+from graphsurgery.affine.region import ELEMENTWISE, Region, runner
 from graphsurgery.cost import Cost, op_name
 
 SLOT = "entry_shift"
-_ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
 
 
 def preshifted(region: Region) -> list[Option]:
@@ -33,8 +33,8 @@ def preshifted(region: Region) -> list[Option]:
         return []
     scope = region.scope
     try:
-        before = _follow(region, leading)
-        axes = _follow(region, region.nodes, (leading[-1], _level(before)))
+        before = scope.axes(region.entry, leading[-1])
+        axes = scope.axes(region.entry, region.exit, {leading[-1]: _level(before)})
         found = options(Region(scope, region.entry, region.exit, axes, region.tally))
     except NoFold:
         return []
@@ -56,11 +56,12 @@ def preshifted(region: Region) -> list[Option]:
 def lead(region: Region) -> tuple[fx.Node, ...]:
     """The leading calls of a region that only scale and shift."""
     scope, found = region.scope, []
+    reads = Counter(o for node in region.nodes for o in set(rules.live_operands(node, scope.constant)))
     live = region.entry
     for node in region.nodes:
-        if rules.live_operands(node, scope.constant) != [live] or op_name(node) not in _ELEMENTWISE:
+        if rules.live_operands(node, scope.constant) != [live] or op_name(node) not in ELEMENTWISE:
             break
-        if sum(live in rules.live_operands(n, scope.constant) for n in region.nodes) > 1:
+        if reads[live] > 1:
             break  # a second branch reads the value too
         found.append(node)
         live = node
@@ -81,16 +82,6 @@ def entry_shift(region: Region, shape: tuple[int, ...]) -> torch.Tensor:
         raise NoFold("zero-scale", "a scale of zero cannot be taken out of the shift before it")
     shift: torch.Tensor = b.detach() / a
     return shift
-
-
-def _follow(region: Region, nodes: tuple[fx.Node, ...], replaced: tuple[fx.Node, Axes] | None = None) -> Axes:
-    scope = region.scope
-    known = {region.entry: scope.entry_axes(region.entry)}
-    for node in nodes:
-        known[node] = rules.follow(node, known.__getitem__, scope.constant, scope.sizes)
-        if replaced is not None and node is replaced[0]:
-            known[node] = replaced[1]
-    return known[nodes[-1]]
 
 
 def _level(axes: Axes) -> Axes:

@@ -6,7 +6,7 @@ rounded to the model's dtype on the way; the certificate would be blind to such 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -130,8 +130,13 @@ class Scope:
         """The axes of an entry to itself."""
         return Axes.entry(self.shape(entry), self.primes)
 
-    def axes(self, entry: fx.Node, exit_: fx.Node) -> Axes:
+    def axes(self, entry: fx.Node, exit_: fx.Node, instead: Mapping[fx.Node, Axes] | None = None) -> Axes:
         """What the calls between an entry and a call do to the axes of the entry.
+
+        Args:
+            entry: the value that they read.
+            exit_: the last of them.
+            instead: axes to go on with behind some of them, in place of what they do.
 
         Raises:
             NoFold: they are not affine as a whole.
@@ -139,6 +144,7 @@ class Scope:
         known = {entry: self.entry_axes(entry)}
         for node in self.between(entry, exit_):
             known[node] = rules.follow(node, known.__getitem__, self.constant, self.sizes)
+            known.update({node: instead[node]} if instead and node in instead else {})
         return known[exit_]
 
     def _read_by(self) -> dict[int, set[fx.Node]]:
@@ -305,6 +311,10 @@ def runner(
         return result
 
     return run
+
+
+ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
+"""Ops that scale and shift a value, where their other operands are constant."""
 
 
 def is_heavy(node: fx.Node) -> bool:

@@ -82,8 +82,7 @@ class Search:
             chosen.append(fold)
             if self.dominators.dies_with(fold.region.entry, node):
                 stack.append(fold.region.entry)
-        order = {node: i for i, node in enumerate(self.scope.gm.graph.nodes)}
-        return sorted(chosen, key=lambda fold: -order[fold.region.exit])
+        return sorted(chosen, key=lambda fold: -self.scope.position(fold.region.exit))
 
     def regions(self) -> Iterator[Region]:
         """Every region that the search may fold, one call or more."""
@@ -198,15 +197,21 @@ class Search:
                     del found[entry]
 
 
-def cheapest(region: Region, growth: float) -> Option | None:
-    """The cheapest form of a region that is worth it, if there is one."""
+def cheapest(region: Region, growth: float | None) -> Option | None:
+    """The cheapest form of a region, if there is one.
+
+    Args:
+        region: the region.
+        growth: how many times the parameters the form may have; it has to pay then. None: whatever it costs.
+    """
     try:
         found = list(options(region))
     except NoFold:
         found = []
     found += preshifted(region)
-    paying = [option for option in found if objection(region, option, growth) is None]
-    return min(paying, key=lambda option: region.scope.cost_model.score(option.cost), default=None)
+    if growth is not None:
+        found = [option for option in found if objection(region, option, growth) is None]
+    return min(found, key=lambda option: region.scope.cost_model.score(option.cost), default=None)
 
 
 def is_entry(scope: Scope, node: fx.Node) -> bool:
