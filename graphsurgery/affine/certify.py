@@ -22,6 +22,7 @@ LIMIT = 1e-11
 
 _ROUNDING = 2.0**-45  # of the value itself, which a large shift may dominate: 2**7 float64 roundings
 _NEGLIGIBLE = 1e-4  # of the largest variation: a channel of nearly nothing is measured by the others
+_LOUD = 2.0**7  # a shift so many times the variation does no harm: ten digits are left
 _SAMPLES = 8  # least number of positions over which a channel's scale is taken
 
 
@@ -46,8 +47,13 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     shape = [scope.actual(n, batch) for n in scope.shape(region.entry)]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator).double()  # drawn in float32, which is several times faster
+    run = region.runner(batch)
     with torch.no_grad():
-        wanted, positions = _by_channel(region, region.runner(batch)(x), batch)
+        wanted, positions = _by_channel(region, run(x), batch)
+        gain = _louder(wanted, positions)
+        if gain > 1:
+            x = x * gain
+            wanted, positions = _by_channel(region, run(x), batch)
         got, _ = _by_channel(
             region, run_program(form.steps, slots, x, lambda n: scope.actual(n, batch)), batch
         )
@@ -74,6 +80,17 @@ def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int])
     floor = float(variation.max()) * _NEGLIGIBLE
     unit = torch.clamp(variation, min=floor) + float(size.max()) * (_ROUNDING / LIMIT)
     return float((error / unit.clamp(min=torch.finfo(torch.float64).tiny)).max())
+
+
+def _louder(value: torch.Tensor, positions: Sequence[int]) -> float:
+    """How much larger the input has to be so that what it makes is no less than the shift beside it.
+
+    Coefficients that are small beside the shift would else be compared below its rounding.
+    """
+    largest = float(value.abs().max())
+    variation = float((value.amax(list(positions)) - value.amin(list(positions))).max())
+    gain = largest / variation if variation > 0 else 1.0
+    return gain if _LOUD < gain < torch.finfo(torch.float32).max else 1.0
 
 
 def _batch(region: Region) -> int:

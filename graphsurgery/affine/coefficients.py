@@ -25,7 +25,7 @@ from graphsurgery.affine.forms import Form, Roles
 from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
-from graphsurgery.affine.region import Region
+from graphsurgery.affine.region import Region, linear_part
 from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor
 
@@ -224,8 +224,7 @@ class _Probe:
         for at, taps in self._looks(entry_sizes, exit_sizes):
             hot = (roles.gone, start, n, batch, at)
             x = self._one_hots(roles.entry, entry_sizes, self.order_in, *hot)
-            with torch.no_grad():
-                y = run(x) - run(torch.zeros_like(x))
+            y = linear_part(run, x)
             flat = self._canonical(y, roles.exit, exit_sizes, self.order_out, roles.fresh, batch)
             self._put(kernel[:, :, start:stop], flat[torch.arange(n)].permute(1, 2, 0, *self._last), at, taps)
 

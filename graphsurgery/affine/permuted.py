@@ -11,7 +11,7 @@ from torch import fx
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes
 from graphsurgery.affine.forms import Form
-from graphsurgery.affine.region import Region, Scope, is_heavy, runner
+from graphsurgery.affine.region import Region, Scope, is_heavy, linear_part, runner
 from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 
@@ -55,12 +55,7 @@ def follow(scope: Scope, nodes: Sequence[fx.Node]) -> Axes | None:
     """The axes of a stretch of calls on its own; None for an empty stretch."""
     if not nodes:
         return None
-    live = _entry(scope, nodes)
-    axes = Axes.entry(scope.shape(live), scope.primes)
-    for node in nodes:
-        axes = rules.apply(rules.Step(node, live, axes, scope.sizes))
-        live = node
-    return axes
+    return scope.axes(_entry(scope, nodes), nodes[-1])
 
 
 def _moves_only(axes: Axes) -> bool:
@@ -71,8 +66,7 @@ def _gain(region: Region, nodes: Sequence[fx.Node]) -> torch.Tensor:
     """What a stretch that moves and scales makes of ones."""
     live = _entry(region.scope, nodes)
     ones = torch.ones([region.scope.actual(n, 1) for n in region.scope.shape(live)], dtype=torch.float64)
-    run = runner(region.scope, live, nodes, 1)
-    return run(ones) - run(torch.zeros_like(ones))
+    return linear_part(runner(region.scope, live, nodes, 1), ones)
 
 
 def _reordered(sizes: list[int], order: list[int]) -> torch.Tensor:

@@ -313,6 +313,20 @@ def runner(
     return run
 
 
+def linear_part(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`A x` of `run(x) = A x + b`, without the rounding that `b` would leave in a difference.
+
+    The adjoint is linear in what it is fed, and the derivative of that is `A` again.
+    """
+    with torch.enable_grad():
+        zero = torch.zeros_like(x, requires_grad=True)
+        y = run(zero)
+        seed = torch.zeros_like(y, requires_grad=True)
+        (adjoint,) = torch.autograd.grad(y, zero, seed, create_graph=True)
+        (value,) = torch.autograd.grad(adjoint, seed, x)
+    return value
+
+
 ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
 """Ops that scale and shift a value, where their other operands are constant."""
 

@@ -975,3 +975,33 @@ def fold_heads(model: nn.Module, x: Tensor) -> PassResult:
 def test_options_that_make_no_sense_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(PassError, match=next(iter(options)).split("_")[0]):
         FoldAffine(**options)
+
+
+class ManyUnits(nn.Module):
+    """A norm in front of a Linear among views, or of a product from the left."""
+
+    def __init__(self, views: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.views = nn.BatchNorm1d(6), nn.Linear(6, 4), views
+        self.left = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if not self.views:
+            return self.left @ y
+        return self.linear(y.transpose(1, 2)).reshape(-1, 5, 2, 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e10])
+@pytest.mark.parametrize("views", [True, False], ids=["views", "columns"])
+def test_folds_coefficients_that_are_tiny_beside_the_shift(size: float, views: bool) -> None:
+    """Read off as a difference of two values they would keep no more digits than the shift leaves them."""
+    model = seeded(lambda: ManyUnits(views)).double()
+    with torch.no_grad():  # values in units of `size`
+        model.norm.running_mean.normal_().mul_(size)
+        model.norm.running_var.uniform_(0.5, 2).mul_(size**2)
+    x = size * torch.randn(3, 6, 5, dtype=torch.float64)
+    result = FoldAffine().run(capture(model, (x,)))
+    assert "batch_norm" not in ops(result.graph_module)
+    wanted = model(x)
+    assert (result.graph_module(x) - wanted).abs().max() <= 1e-13 * wanted.abs().max()
