@@ -115,18 +115,24 @@ def test_a_batch_swapped_with_tokens_and_merged_the_other_way() -> None:
         return m.b(rows.reshape(x.shape[0], -1, 9))
 
     model = seeded(lambda: Of(function, a=nn.Linear(6, 9), b=nn.Linear(9, 4)))
-    fold(model, torch.randn(2, 5, 6))
+    assert layers(fold(model, torch.randn(2, 5, 6))) == ["linear"]
 
 
-@pytest.mark.parametrize("groups", [(3, 8), (8, 3), (2, 12), (24, 1)], ids=str)
-def test_views_that_scramble_features(groups: tuple[int, int]) -> None:
-    """Regrouped features keep their number and nothing else."""
+@pytest.mark.parametrize(
+    ("groups", "left", "code"),
+    [((3, 8), 2, "scramble"), ((8, 3), 1, None), ((2, 12), 1, None), ((24, 1), 2, "costs-more")],
+    ids=str,
+)
+def test_views_that_scramble_features(groups: tuple[int, int], left: int, code: str | None) -> None:
+    """4 x 6 features as rows of 8 mix two rows; of 3, halves of one; of 12, two whole rows."""
     model = seeded(
         lambda: nn.Sequential(
             nn.Linear(6, 6), Call(lambda x: x.reshape(-1, *groups)), nn.Linear(groups[1], 2), nn.Flatten()
         )
     )
-    fold(model, torch.randn(2, 4, 6))
+    result = fold(model, torch.randn(2, 4, 6))
+    assert layers(result) == ["linear"] * left
+    assert code is None or code in codes(result)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +169,17 @@ def test_a_live_mean_taken_off_again(dims: tuple[int, ...]) -> None:
         return m.b(y - y.mean(dims, keepdim=True))
 
     model = seeded(lambda: Of(function, a=nn.Conv2d(4, 8, 1), b=nn.Conv2d(8, 2, 1)))
-    fold(model, torch.randn(CUBE))
+    # A mean over channels is a matrix over them; one over positions makes every position read all.
+    assert layers(fold(model, torch.randn(CUBE))) == ["conv2d"] * (1 if dims == (1,) else 2)
 
 
 def test_a_mean_added_to_the_last_layer() -> None:
     def function(m: Any, x: Tensor) -> Tensor:
         return m.fc(x + x.mean(1, keepdim=True)) - m.fc(x)
 
-    fold(seeded(lambda: Of(function, fc=nn.Linear(6, 6))), torch.randn(2, 6, 6))
+    result = fold(seeded(lambda: Of(function, fc=nn.Linear(6, 6))), torch.randn(2, 6, 6))
+    assert layers(result) == ["linear", "linear"]
+    assert "costs-more" in codes(result)
 
 
 @pytest.mark.parametrize("norm", ["group", "layer", "instance"])
@@ -221,7 +230,7 @@ def test_branches_stacked_along_a_new_axis_and_pooled_over_it() -> None:
             pool=nn.AvgPool3d(3, 1),
         )
 
-    fold(seeded(build), torch.randn(2, 4, 5, 6))
+    assert layers(fold(seeded(build), torch.randn(2, 4, 5, 6))) == ["conv2d"]
 
 
 def test_a_view_with_the_batch_behind_other_axes() -> None:
@@ -232,7 +241,8 @@ def test_a_view_with_the_batch_behind_other_axes() -> None:
         return (rows * m.scale).reshape(3, -1, 5).transpose(0, 1) + m.scale
 
     model = seeded(lambda: Of(function, scale=torch.tensor([[2.0], [-1.0], [0.5]])))
-    fold(model, torch.randn(2, 3, 5))
+    result = fold(model, torch.randn(2, 3, 5))
+    assert [name for name in ops(result) if name in ("mul", "add", "linear")] == ["mul", "add"]
 
 
 def test_a_static_batch_is_not_mixed_up_with_a_size_that_equals_it() -> None:

@@ -75,7 +75,10 @@ def test_constants_per_row_or_column_with_as_many_as_channels(name: str, shape: 
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (SIDE, SIDE, SIDE), (SIDE, 1, SIDE)], ids=str)
 def test_constants_that_differ_by_position(name: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
-    fold(behind_a_conv(PER_CHANNEL[name], torch.rand(shape) + 0.5), torch.randn(IMAGE))
+    result = fold(behind_a_conv(PER_CHANNEL[name], torch.rand(shape) + 0.5), torch.randn(IMAGE))
+    assert len(ops(result)) == 2, "the map stays beside the conv"
+    assert layers(result) == ["conv2d"]
+    assert "costs-more" in codes(result)
 
 
 def test_a_norm_behind_a_map_of_shifts() -> None:
@@ -105,7 +108,9 @@ def test_a_constant_that_repeats_the_value() -> None:
     model = seeded(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Constant("mul", torch.rand(4, 1, 5)), nn.BatchNorm2d(4))
     )
-    fold(model, torch.randn(2, 3, 4, 1))
+    result = fold(model, torch.randn(2, 3, 4, 1))
+    assert layers(result) == ["conv2d", "batch_norm"]
+    assert "broadcast" in codes(result)
 
 
 @pytest.mark.parametrize("left", [torch.tensor(2.0), torch.full((SIDE, 1, 1), 1.5)], ids=["0-d", "(C,1,1)"])
@@ -195,7 +200,9 @@ def test_a_part_written_in_place() -> None:
     def build() -> nn.Module:
         return Of(function, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4), shift=torch.randn(3, 1))
 
-    fold(seeded(build), torch.randn(IMAGE))
+    result = fold(seeded(build), torch.randn(IMAGE))
+    assert layers(result) == ["conv2d", "batch_norm"]
+    assert "not-affine" in codes(result)
 
 
 def test_blocks_without_gradients_and_detached_values() -> None:

@@ -138,7 +138,9 @@ def test_a_shift_before_a_pool(pool: str) -> None:
     model = seeded(
         lambda: nn.Sequential(Constant("add", torch.randn(4, 1, 1)), POOLS[pool](), nn.BatchNorm2d(4))
     )
-    fold(model, torch.randn(IMAGE))
+    result = fold(model, torch.randn(IMAGE))
+    assert layers(result) == ["batch_norm"], "a stretch without a layer does not gain one"
+    assert "no-heavy" in codes(result)
 
 
 @every_pool
