@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from graphsurgery.origin import module_path, source_line
+from graphsurgery.origin import module_path, origin, source_line
 
 __all__ = [
     "INFO_KEY",
@@ -31,6 +31,7 @@ __all__ = [
     "get_attr_value",
     "has_attr",
     "module_path",
+    "origin",
     "set_attr",
     "source_line",
     "structural_hash",

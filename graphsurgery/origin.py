@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["module_path", "source_line", "user_frame"]
+__all__ = ["module_path", "origin", "source_line", "user_frame"]
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)')
+
+
+def origin(node: fx.Node) -> dict[str, Any]:
+    """What a node's `meta` tells of where it came from, for a node that takes its place."""
+    return {
+        key: node.meta[key]
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack")
+        if key in node.meta
+    }
 
 
 def module_path(node: fx.Node) -> str:

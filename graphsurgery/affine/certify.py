@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
+from torch import fx
 
 from graphsurgery.affine.forms import Form, Roles
 from graphsurgery.affine.program import run as run_program
-from graphsurgery.affine.region import Region
+from graphsurgery.affine.region import Region, Scope
+from graphsurgery.values import tensor_meta
 
 LIMIT = 1e-11
 """Largest relative residual of a right fold. Right ones have 3e-16 in the median and 3e-14 at most."""
@@ -23,7 +25,7 @@ LIMIT = 1e-11
 _ROUNDING = 2.0**-45  # of the value itself, which a large shift may dominate: 2**7 float64 roundings
 _NEGLIGIBLE = 1e-4  # of the largest variation: a channel of nearly nothing is measured by the others
 _LOUD = 2.0**7  # a shift so many times the variation does no harm: ten digits are left
-_SAMPLES = 8  # least number of positions over which a channel's scale is taken
+SAMPLES = 8  # least number of positions over which a channel's scale is taken
 
 
 def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed: int = 0) -> float:
@@ -44,9 +46,7 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     """
     scope = region.scope
     batch = _batch(region)
-    shape = [scope.actual(n, batch) for n in scope.shape(region.entry)]
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator).double()  # drawn in float32, which is several times faster
+    x = draw(scope, region.entry, batch, seed)
     run = region.runner(batch)
     with torch.no_grad():
         wanted, positions = _by_channel(region, run(x), batch)
@@ -58,6 +58,21 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
             region, run_program(form.steps, slots, x, lambda n: scope.actual(n, batch)), batch
         )
         return deviation(wanted, got, positions)
+
+
+def draw(scope: Scope, node: fx.Node, batch: int, seed: int) -> torch.Tensor:
+    """A random dense float64 value of a node, at its real size.
+
+    Args:
+        scope: the graph.
+        node: whose shape and device it takes.
+        batch: what the batch symbols stand for; other symbols are as in the example.
+        seed: of the random numbers.
+    """
+    shape = [scope.actual(n, batch) for n in scope.shape(node)]
+    generator = torch.Generator().manual_seed(seed)
+    # drawn in float32, which is several times faster
+    return torch.randn(shape, generator=generator).double().to(tensor_meta(node).device)
 
 
 def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int]) -> float:
@@ -97,7 +112,7 @@ def _batch(region: Region) -> int:
     """A batch size that gives channels enough positions, and is not 1 where views may name the batch."""
     roles = Roles(region.axes, len(region.scope.shape(region.entry)))
     positions = prod(region.scope.actual(roles.exit_sizes[a], 1) for a in roles.shared + roles.windowed)
-    return max(2 if region.axes.pinned or region.tally.moving else 1, -(-_SAMPLES // positions))
+    return max(2 if region.axes.pinned or region.tally.moving else 1, -(-SAMPLES // positions))
 
 
 def _by_channel(region: Region, value: torch.Tensor, batch: int) -> tuple[torch.Tensor, list[int]]:

@@ -27,7 +27,7 @@ from graphsurgery.affine.program import (
 )
 from graphsurgery.affine.region import Region, is_heavy
 from graphsurgery.cost import op_name
-from graphsurgery.graph import annotate, fake_mode, fresh_attr, get_attr_value, module_path, set_attr
+from graphsurgery.graph import annotate, fake_mode, fresh_attr, get_attr_value, module_path, origin, set_attr
 from graphsurgery.values import tensor_meta
 
 aten = torch.ops.aten
@@ -105,9 +105,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
         target_op, args = _call(step, value_node, attributes, region)
         with graph.inserting_after(last):
             last = value_node = graph.call_function(target_op, args)
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if key in member.meta:
-                value_node.meta[key] = member.meta[key]
+        value_node.meta.update(origin(member))
         if index + 1 < len(filled.form.steps):
             value_node.meta["val"] = _value(region, step.out)
         else:

@@ -17,25 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from graphsurgery.affine.certify import LIMIT, deviation
+from graphsurgery.affine.certify import LIMIT, SAMPLES, deviation, draw
 from graphsurgery.affine.pointwise import Layer, Mover
-from graphsurgery.affine.region import Scope
-from graphsurgery.affine.replay import draw, replay
+from graphsurgery.affine.region import Scope, runner
 from graphsurgery.affine.swaps import Swap, fold_lost, swaps
 from graphsurgery.cost import FLOPS, Cost, node_cost, op_name
-from graphsurgery.graph import annotate, copy_graph_module, fake_mode
+from graphsurgery.graph import annotate, copy_graph_module, fake_mode, origin
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 from graphsurgery.values import tensor_meta
 
 __all__ = ["CommutePointwise"]
 
-_SAMPLES = 8  # least number of positions over which the certificate takes a feature's scale
-_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 aten = torch.ops.aten
 
@@ -151,7 +148,7 @@ def _write(
         old = part.node
         reads = {part.live: value}
         node = graph.node_copy(old, lambda n: reads[n] if n in reads else outside(n))  # noqa: B023 (called here)
-        node.meta = _origin(old)
+        node.meta = origin(old)
         if isinstance(part, Mover) and not part.drops:
             # Not traced: torch 2.14 cannot crop a value of symbolic batch, and says so at length.
             node.meta["val"] = _resized(gm, tensor_meta(value), tensor_meta(old), part.axes)
@@ -168,13 +165,9 @@ def _write(
             view = graph.call_function(aten.squeeze.dims, (value, swap.gone))
         else:
             view = graph.call_function(aten.reshape.default, (value, sizes))
-        view.meta = _origin(wanted) | {"val": wanted.meta["val"]}
+        view.meta = origin(wanted) | {"val": wanted.meta["val"]}
         made.append(view)
     return tuple(made)
-
-
-def _origin(node: fx.Node) -> dict[str, Any]:
-    return {key: node.meta[key] for key in _KEPT if key in node.meta}
 
 
 def _resized(
@@ -227,10 +220,11 @@ def _verdict(scope: Scope, swap: Swap, residual: float) -> tuple[str, str] | Non
 def _residual(scope: Scope, swap: Swap, new: tuple[fx.Node, ...]) -> float:
     """The certificate: both orders in float64 on random dense inputs at the real sizes."""
     wanted, got, positions = [], [], swap.positions
-    for seed in range(_SAMPLES):
-        values = {swap.entry: draw(scope, swap.entry, 2, seed)}
-        wanted.append(replay(scope, swap.nodes, values, 2))
-        got.append(replay(scope, new, values, 2))
-        if (seed + 1) * prod(wanted[0].shape[axis] for axis in positions) >= _SAMPLES:
+    for seed in range(SAMPLES):
+        x = draw(scope, swap.entry, 2, seed)
+        with torch.no_grad():
+            wanted.append(runner(scope, swap.entry, swap.nodes, 2)(x))
+            got.append(runner(scope, swap.entry, new, 2)(x))
+        if (seed + 1) * prod(wanted[0].shape[axis] for axis in positions) >= SAMPLES:
             break
     return deviation(torch.stack(wanted), torch.stack(got), [0, *(axis + 1 for axis in positions)])

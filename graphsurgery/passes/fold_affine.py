@@ -4,9 +4,12 @@ Rule:      A2 (A1 x + b1) + b2 = (A2 A1) x + (A2 b1 + b2) and A1 x + A2 x = (A1 
            written as a Linear, a convolution, a multiply-add or a view, whichever the axes allow and the
            costs favour
 Requires:  every call affine in what it reads of one value (`not-affine`), nothing in between read elsewhere
-           (`several-users`), no axis of symbolic size mixed (`batch-mixed`, `batch-varied`), borders that
-           read nothing invented (`border`), finite weights (`not-finite`), a form that costs less
-           (`costs-more`), and a certificate (`certificate`)
+           (`several-users`), no axis of symbolic size mixed or cut (`batch-mixed`, `batch-varied`,
+           `dynamic-shape`, `position-bias`), borders that read nothing invented (`border`, `transposed`), no
+           scale of zero in front of a shift that is taken out (`zero-scale`), finite weights that fit the
+           dtype (`not-finite`, `overflow`), a form that costs less (`costs-more`), a certificate
+           (`certificate`); what stands behind a form that does not pay is named (`scramble`, `structure`,
+           `clipped-pool`, `shared-weights`, ...)
 Preserves: signature, shapes, dtypes; values up to rounding
 Source:    Freivalds 1977 for the certificate; adjoint probing as in matrix-free linear algebra
 """

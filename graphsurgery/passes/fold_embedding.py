@@ -23,8 +23,7 @@ from torch import fx, nn
 
 from graphsurgery.affine.certify import LIMIT, deviation
 from graphsurgery.affine.pointwise import memory_readers, read_layer
-from graphsurgery.affine.region import Scope
-from graphsurgery.affine.replay import replay
+from graphsurgery.affine.region import Scope, runner
 from graphsurgery.cost import Cost, node_cost, op_name
 from graphsurgery.graph import (
     annotate,
@@ -62,10 +61,11 @@ class FoldEmbedding(Pass):
         while True:
             scope = Scope(work)
             refusals: list[Refusal] = []
-            change = next(filter(None, (_settle(scope, found, refusals) for found in _lookups(scope))), None)
-            if change is None:
+            # Lookups are apart from each other: tables that two of them read are refused.
+            made = [change for found in _lookups(scope) if (change := _settle(scope, found, refusals))]
+            if not made:
                 break
-            changes.append(change)
+            changes += made
         if not changes:
             return PassResult(gm, (), tuple(refusals))
         delete_unused_attrs(work)
@@ -271,7 +271,8 @@ def _apply(scope: Scope, found: _Lookup, rows: torch.Tensor) -> torch.Tensor:
     """The chain on feature vectors in float64: (n, width) to (n, new width)."""
     rank = tensor_meta(found.embedding).dim()
     value = rows.reshape(*[1] * (rank - 2), *rows.shape)
-    return replay(scope, found.chain, {found.embedding: value}, 1).reshape(rows.shape[0], -1)
+    with torch.no_grad():
+        return runner(scope, found.embedding, found.chain, 1)(value).reshape(rows.shape[0], -1)
 
 
 def _write(scope: Scope, found: _Lookup, table: torch.Tensor) -> str:

@@ -26,10 +26,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from graphsurgery.affine.certify import LIMIT, deviation
+from graphsurgery.affine.certify import LIMIT, SAMPLES, deviation, draw
 from graphsurgery.affine.pointwise import memory_readers
-from graphsurgery.affine.region import Scope
-from graphsurgery.affine.replay import draw, replay
+from graphsurgery.affine.region import Scope, runner
 from graphsurgery.cost import Cost, node_cost, op_name
 from graphsurgery.graph import (
     annotate,
@@ -38,6 +37,7 @@ from graphsurgery.graph import (
     fresh_attr,
     get_attr_value,
     module_path,
+    origin,
     set_attr,
 )
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
@@ -46,9 +46,7 @@ from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["MergeSiblings"]
 
-_SAMPLES = 8  # least number of positions over which the certificate takes a feature's scale
 _LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
-_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 aten = torch.ops.aten
 
@@ -231,7 +229,6 @@ def _merge(scope: Scope, members: tuple[fx.Node, ...]) -> Change | Refusal:
         get_attr_value(gm, str(v.target)) for n in members for v in n.all_input_nodes if v.op == "get_attr"
     ]
     reads: dict[str, fx.Node] = {}
-    origin = {key: first.meta[key] for key in _KEPT if key in first.meta}
     with graph.inserting_before(first):
         for slot, value in slots.items():
             stored = value.to(tensor_meta(first).dtype)
@@ -243,11 +240,11 @@ def _merge(scope: Scope, members: tuple[fx.Node, ...]) -> Change | Refusal:
         pieces = graph.call_function(aten.split_with_sizes.default, (merged, sizes, axis))
         items = [graph.call_function(getitem, (pieces, i)) for i in range(len(members))]
     for node in (*reads.values(), merged, pieces, *items):
-        node.meta.update(origin)
+        node.meta.update(origin(first))
         annotate(gm, node)
     made = [merged, pieces]
     for node, item in zip(members, items, strict=True):
-        item.meta.update({key: node.meta[key] for key in _KEPT if key in node.meta})
+        item.meta.update(origin(node))
         piece = _compact(gm, node, item)
         made += [piece] if piece is not item else []
         node.replace_all_uses_with(piece)
@@ -270,7 +267,7 @@ def _compact(gm: fx.GraphModule, old: fx.Node, piece: fx.Node) -> fx.Node:
         copy = gm.graph.call_function(
             aten.clone.default, (piece,), {"memory_format": torch.contiguous_format}
         )
-    copy.meta.update({key: old.meta[key] for key in _KEPT if key in old.meta})
+    copy.meta.update(origin(old))
     annotate(gm, copy)
     return copy
 
@@ -294,16 +291,17 @@ def _residual(
     scope: Scope, members: Sequence[fx.Node], slots: dict[str, torch.Tensor], sizes: list[int], axis: int
 ) -> float:
     """The certificate: the pieces against the layers, in float64 on random inputs at the real size."""
-    source, target, options = members[0].args[0], members[0].target, members[0].args[3:]
+    (source,) = (o for o in members[0].all_input_nodes if o not in scope.constant)
+    target, options = members[0].target, members[0].args[3:]
     wanted: list[torch.Tensor] = []
     got: list[torch.Tensor] = []
-    for seed in range(_SAMPLES):
-        x = draw(scope, source, 2, seed)  # type: ignore[arg-type]  # a node
-        wanted.append(torch.cat([replay(scope, (node,), {source: x}, 2) for node in members], axis))  # type: ignore[dict-item]
+    for seed in range(SAMPLES):
+        x = draw(scope, source, 2, seed)
         with torch.no_grad():
+            wanted.append(torch.cat([runner(scope, source, (node,), 2)(x) for node in members], axis))
             whole = target(x, slots["weight"], slots.get("bias"), *options)  # type: ignore[operator]  # an op
         got.append(torch.cat(whole.split_with_sizes(sizes, axis), axis))
-        if (seed + 1) * prod(wanted[0].shape) >= _SAMPLES * sum(sizes):
+        if (seed + 1) * prod(wanted[0].shape) >= SAMPLES * sum(sizes):
             break
     others = [i for i in range(wanted[0].dim() + 1) if i != axis + 1]
     return deviation(torch.stack(wanted), torch.stack(got), others)
