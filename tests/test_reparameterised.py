@@ -190,7 +190,9 @@ def test_leaves_no_layer_scale_and_no_norm_affine_anywhere(name: str, tmp_path: 
 
 def adapted(hidden: int, layers: int) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     """A BERT with a trained LoRA adapter on every Linear, the same without, and inputs."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft  # here, for they take seconds
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=100,

@@ -260,6 +260,7 @@ def test_fewer_groups_are_the_same_map() -> None:
     for groups in (2, 1):
         wide = k.regrouped(groups)
         assert wide.weight.shape == (8, 8 // groups, 3)
+        # 24 products of numbers about one, added in another order: at most 24 roundings of 1.1e-16 each
         torch.testing.assert_close(apply(wide, x), apply(k, x), rtol=1e-13, atol=1e-13)
 
 
@@ -270,6 +271,7 @@ def test_one_layer_after_another_is_the_same_map() -> None:
         second = kernel(1, (9, 2, 2), 3, ((2, 0, 2),))
         both = first.then(second.weight, second.bias, second.groups, second.reads)
         assert both.groups == 1
+        # as above, through two layers whose values reach some ten
         torch.testing.assert_close(apply(both, x), apply(second, apply(first, x)), rtol=1e-12, atol=1e-12)
 
 
@@ -280,6 +282,7 @@ def test_a_sum_reads_where_either_reads() -> None:
     assert both is not None
     assert (both.groups, both.reads, both.taps) == (2, ((1, 0, 1),), (5,))
     expected = 2 * apply(left, x) - apply(right, x[..., 1:])[..., :8]
+    # float64 sums of a few dozen products in another order
     torch.testing.assert_close(apply(both, x), expected, rtol=1e-13, atol=1e-13)
     assert left.plus(kernel(1, (4, 1, 2), 4, ((2, 1, 1),)), 1.0, 1.0) is None, "another stride"
 
@@ -289,4 +292,5 @@ def test_a_scale_and_shift_of_each_channel() -> None:
     k = kernel(0, (4, 2, 3), 2, ((1, 0, 1),))
     scale, shift = torch.tensor([2.0, -1, 0, 3]).double(), torch.arange(4).double()
     expected = apply(k, x) * scale.reshape(4, 1) + shift.reshape(4, 1)
+    # float64 sums of a few dozen products, scaled before or after
     torch.testing.assert_close(apply(k.diagonal(scale, shift), x), expected, rtol=1e-13, atol=1e-13)

@@ -96,6 +96,7 @@ def test_the_shift_is_b_over_a() -> None:
         return Of(lambda self, x: self.conv(x * self.scale + self.shift), conv=conv, scale=scale, shift=shift)
 
     got = entry_shift(region(build, image(2)), (1, 4, 1, 1))
+    # one division: a unit in the last place of float64 is 2.2e-16
     torch.testing.assert_close(got, (shift / scale).unsqueeze(0), rtol=1e-15, atol=0)
 
 

@@ -128,6 +128,7 @@ def test_folds_a_norm_into_a_transposed_conv(rank: int, groups: str, geometry: s
     for name in ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups"):
         assert getattr(layer, name) == getattr(model[0], name), name
     weight, shift = scaled(model[0], model[1])
+    # float64; the absolute part is for coefficients that are read off values about one
     torch.testing.assert_close(layer.weight, weight, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(layer.bias, shift, rtol=1e-12, atol=1e-14)
 

@@ -250,6 +250,7 @@ def test_sizes_may_be_free() -> None:
         assert len(result.changes) == 1
         other = torch.randn(3, 4, 6, 12, dtype=torch.float64)
         expected, got = copy.deepcopy(model).double()(other), result.graph_module(other)
+        # float64 sums in another order, relative to the largest value
         assert torch.allclose(got, expected, rtol=0, atol=1e-12 * float(expected.detach().abs().max()))
         for node in result.graph_module.graph.nodes:
             if node.op == "call_function":

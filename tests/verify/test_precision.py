@@ -46,6 +46,7 @@ def test_float64_mode_reaches_casts_constants_and_factories() -> None:
     with Float64Mode(), torch.no_grad():
         got = copied(x.double())
     assert got.dtype == torch.float64
+    # the same float64 program, with kernels that may add in another order
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
