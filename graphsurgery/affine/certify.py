@@ -100,12 +100,13 @@ def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int])
 def _louder(value: torch.Tensor, positions: Sequence[int]) -> float:
     """How much larger the input has to be so that what it makes is no less than the shift beside it.
 
-    Coefficients that are small beside the shift would else be compared below its rounding.
+    Coefficients that are small beside the shift would else be compared below its rounding. A variation
+    that is no more than rounding itself, of branches that cancel, is not made larger.
     """
     largest = float(value.abs().max())
     variation = float((value.amax(list(positions)) - value.amin(list(positions))).max())
     gain = largest / variation if variation > 0 else 1.0
-    return gain if _LOUD < gain < torch.finfo(torch.float32).max else 1.0
+    return gain if _LOUD < gain < 1 / _ROUNDING else 1.0
 
 
 def _batch(region: Region) -> int:

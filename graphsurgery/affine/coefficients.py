@@ -18,14 +18,17 @@ from math import ceil, prod
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphsurgery.affine.atoms import Atom, Window
 from graphsurgery.affine.closed import closed_form
-from graphsurgery.affine.forms import Form, Roles
+from graphsurgery.affine.forms import Form
 from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
-from graphsurgery.affine.region import Region, linear_part
+from graphsurgery.affine.region import Region, linear_part, runner
+from graphsurgery.affine.roles import Roles
+from graphsurgery.affine.rules import live_operands
 from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor
 
@@ -166,6 +169,7 @@ _BATCHED = frozenset(
 """Calls whose adjoints torch has batching rules for."""
 
 Taps = tuple[list[int], ...]
+Look = tuple[torch.Tensor, tuple[int, ...], Taps]  # what was found, from where, and the taps to take of it
 
 
 def _facing(atom: Atom, transposed: bool) -> Window:
@@ -192,13 +196,18 @@ class _Probe:
         features = roles.sizes(roles.fresh)
         gone = prod(roles.entry_sizes[a] for a in roles.gone)
         varied = roles.sizes(roles.varied)
-        kernel = torch.zeros(varied, features, gone, *(w.taps for w in self.windows), dtype=torch.float64)
         columns = self.transposed or (not self.windows and gone <= features)
-        count = gone if columns else features
-        fill = self._columns if columns else self._rows
-        for start, stop, batch in self._chunks(count, budget):
-            fill(kernel, start, stop, batch)
-        return kernel, "columns" if columns else "rows"
+        method, look, count = ("columns", self._columns, gone) if columns else ("rows", self._rows, features)
+        chunks = list(self._chunks(count, budget))
+        if len(chunks) == 1 and not self.windows:  # one look sees it all: nothing to put together
+            ((kernel, _, _),) = look(*chunks[0])
+            return kernel, method
+        kernel = torch.zeros(varied, features, gone, *(w.taps for w in self.windows), dtype=torch.float64)
+        for start, stop, batch in chunks:
+            part = kernel[:, :, start:stop] if columns else kernel[:, start:stop]
+            for found, at, taps in look(start, stop, batch):
+                self._put(part, found, at, taps)
+        return kernel, method
 
     def _chunks(self, count: int, budget: int) -> Iterator[tuple[int, int, int]]:
         """Stretches of one-hots and the batch size that holds each, under the memory budget."""
@@ -217,7 +226,8 @@ class _Probe:
     def _sizes(self, sizes: dict[int, int], batch: int, order: tuple[int, ...]) -> list[int]:
         return [self.region.scope.actual(sizes[a], batch) for a in order]
 
-    def _columns(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
+    def _columns(self, start: int, stop: int, batch: int) -> Iterator[Look]:
+        """Columns of the kernel, `[v, f, columns, *positions]`, from each place that has to be looked at."""
         roles, n = self.roles, stop - start
         entry_sizes, exit_sizes = self._probe_sizes()
         run = self.region.runner(batch)
@@ -226,9 +236,10 @@ class _Probe:
             x = self._one_hots(roles.entry, entry_sizes, self.order_in, *hot)
             y = linear_part(run, x)
             flat = self._canonical(y, roles.exit, exit_sizes, self.order_out, roles.fresh, batch)
-            self._put(kernel[:, :, start:stop], flat[torch.arange(n)].permute(1, 2, 0, *self._last), at, taps)
+            yield flat[:n].permute(1, 2, 0, *self._last), at, taps
 
-    def _rows(self, kernel: torch.Tensor, start: int, stop: int, batch: int) -> None:
+    def _rows(self, start: int, stop: int, batch: int) -> Iterator[Look]:
+        """Rows of the kernel, `[v, rows, g, *positions]`, from each place that has to be looked at."""
         roles, n = self.roles, stop - start
         entry_sizes, exit_sizes = self._probe_sizes()
         # Rows need no values: one sample runs forward, and only its adjoint runs for all seeds at once.
@@ -237,17 +248,25 @@ class _Probe:
             [prod(self._sizes(entry_sizes, b, dim)) for dim in roles.entry] for b in (forward, batch)
         )
         x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        y = self.region.runner(forward)(x)
+        scope, entry, nodes = self.region.scope, self.region.entry, self.region.nodes
+        last = self._last_weight if forward == 1 else None
+        y = runner(scope, entry, nodes if last is None else nodes[:-1], forward)(x)
         for at, taps in self._looks(entry_sizes, exit_sizes):
-            seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at)
+            if last is None:
+                seeds = self._one_hots(
+                    roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at
+                )
+            else:  # what the adjoint of the last Linear makes of one-hots
+                seeds = scope.constant_value(last)[start:stop]
             each = seeds.reshape(-1, *y.shape)
+            several = len(each) > 1
             (grad,) = torch.autograd.grad(
-                y, x, each if len(each) > 1 else seeds, retain_graph=True, is_grads_batched=len(each) > 1
+                y, x, each if several else each[0], retain_graph=True, is_grads_batched=several
             )
-            flat = self._canonical(
+            found = self._canonical(
                 grad.reshape(whole), roles.entry, entry_sizes, self.order_in, roles.gone, batch
             )
-            self._put(kernel[:, start:stop], flat[:n].transpose(0, 1), at, taps)
+            yield found[:n].transpose(0, 1), at, taps
 
     @property
     def _batches(self) -> bool:
@@ -258,6 +277,19 @@ class _Probe:
         lead = [dim[:1] for dim in (*self.roles.entry[:1], *self.roles.exit[:1])]
         leads = len(lead) == 2 and lead[0] == lead[1] and self.roles.symbolic(lead[0])
         return leads and all(op_name(node) in _BATCHED for node in self.region.nodes)
+
+    @property
+    def _last_weight(self) -> fx.Node | None:
+        """The weight of the Linear that ends the region, where its rows are the region's features."""
+        scope, exit_, roles = self.region.scope, self.region.exit, self.roles
+        if op_name(exit_) != "linear" or len(self.region.nodes) < 2 or roles.varied or self.windows:
+            return None
+        live = live_operands(exit_, scope.constant)
+        if live != [exit_.args[0]] or roles.exit[-1] != roles.fresh:
+            return None
+        positions = prod(scope.actual(roles.exit_sizes[a], 1) for a in roles.shared)
+        weight = exit_.args[1]
+        return weight if positions == 1 and isinstance(weight, fx.Node) else None
 
     @property
     def _last(self) -> range:

@@ -94,6 +94,8 @@ def _conv(roles: Roles, into: Layout, out: Layout) -> Built:
         if symbolic and (w.lo > 0 or not _even(atom.window)):
             raise NoFold("dynamic-shape", "padding that is not symmetric runs over an axis of symbolic size")
         low, high = -w.lo, w.s * (size - 1) + w.hi - (w.base - 1)
+        if not symbolic and max(0, -low) + max(0, -high) > w.base:
+            raise NoFold("border", "it reads nothing but padding")
         options.append((w.taps, w.s, low, max(w.step, 1)))
         explicit.append((low, high if high > 0 or fits(w.base + low, w) != size else 0))
         if not symbolic:  # over symbolic sizes only symmetric windows are made, so they agree

@@ -57,6 +57,28 @@ def test_one_coefficient_behind_a_large_shift_is_caught(shift: float) -> None:
     assert residual(region, filled.form, {**filled.slots, "weight": weight}) > LIMIT
 
 
+class Cancels(nn.Module):
+    """Two branches that cancel but for a constant: what is left of the input is rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y / 3 - (y + 7) / 3
+
+
+def test_rounding_beside_a_shift_is_not_made_louder() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    region, filled = region_of(Cancels().double(), x)
+    assert residual(region, filled.form, filled.slots) <= LIMIT
+    weight = filled.slots["weight"].clone()
+    weight[2, 3] += 1e-3
+    assert residual(region, filled.form, {**filled.slots, "weight": weight}) > LIMIT
+
+
 def test_swapped_channels_are_caught() -> None:
     region, filled = region_of(two_linears(), torch.randn(3, 16, dtype=torch.float64))
     slots = {**filled.slots, "weight": filled.slots["weight"][[1, 0, *range(2, 8)]]}

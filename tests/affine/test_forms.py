@@ -50,7 +50,7 @@ def perturbed(
     name = "weight" if "weight" in filled.slots else "scale"
     if name not in filled.slots:
         return None
-    value = filled.slots[name].clone()
+    value = filled.slots[name].clone(memory_format=torch.contiguous_format)
     counts = (value * effective(region, filled, name)).flatten()
     nonzero = counts.nonzero().flatten()
     if not len(nonzero):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -780,6 +781,22 @@ def test_detects_a_wrong_fold(build: Callable[[], nn.Module], monkeypatch: pytes
 
 
 # -- names that are taken, axes in other places, sizes of nothing -----------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_positions_that_read_only_padding(kernel: int) -> None:
+    """No convolution crops more than there is, and none is tried."""
+
+    class OnlyPadding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(3, 4, 1, padding=4), nn.Conv1d(4, 2, kernel)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)[:, :, 11:])[:, :1, :1] + x
+
+    result = fold(seeded(OnlyPadding), torch.randn(2, 3, 5), max_param_growth=math.inf)
+    assert "internal" not in codes(result)
 
 
 def test_a_parameter_called_shift_is_never_overwritten() -> None:
