@@ -145,9 +145,11 @@ def cost_model(wanted: str | CostModel) -> CostModel:
     """A cost model by name, or the one given.
 
     Raises:
-        PassError: there is none of that name.
+        PassError: there is none of that name, or what was given is no cost model.
     """
     if not isinstance(wanted, str):
+        if not isinstance(wanted, CostModel):
+            raise PassError(f"cost is the name of a cost model or a CostModel, got {wanted!r}")
         return wanted
     if wanted != FLOPS.name:
         raise PassError(f"there is no cost model named {wanted!r}; expected {FLOPS.name!r} or a CostModel")

@@ -11,6 +11,7 @@ if __name__ != "graphsurgery.passes":
 import difflib
 from collections.abc import Iterable
 
+from graphsurgery.cost import FLOPS, CostModel, cost_model
 from graphsurgery.errors import PassError
 from graphsurgery.passes.commute_pointwise import CommutePointwise
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
@@ -78,22 +79,32 @@ def find(name: str) -> type[Pass]:
     raise PassError(f"there is no pass named {name!r}; {hint}")
 
 
-def default_passes() -> tuple[Pass, ...]:
-    """New instances of the passes that run when none are named; registered passes run only when named."""
-    return tuple(item() for item in ALL_PASSES if item.default)
+def default_passes(cost: str | CostModel | None = None) -> tuple[Pass, ...]:
+    """New instances of the passes that run when none are named; registered passes run only when named.
+
+    Args:
+        cost: The cost model to use. One that is not by FLOPs brings in the passes that never pay by FLOPs.
+    """
+    found = tuple(item() for item in ALL_PASSES if item.default)
+    if cost is not None and cost_model(cost) is not FLOPS:
+        found += (MergeSiblings(cost=cost),)
+    return found
 
 
-def select(passes: Iterable[str | Pass | type[Pass]] | str | Pass | None) -> tuple[Pass, ...]:
+def select(
+    passes: Iterable[str | Pass | type[Pass]] | str | Pass | None, cost: str | CostModel | None = None
+) -> tuple[Pass, ...]:
     """Instances of the passes asked for.
 
     Args:
         passes: Names, instances or classes of passes, in the order to run; None for the default ones.
+        cost: The cost model that the default ones are chosen by.
 
     Raises:
         PassError: A name is unknown, or an item is no pass.
     """
     if passes is None:
-        return default_passes()
+        return default_passes(cost)
     if isinstance(passes, (str, Pass)):
         passes = (passes,)
     chosen: list[Pass] = []

@@ -7,12 +7,14 @@ Requires:  two or more Linear, or convolutions with one group, of equal kernel, 
            `different-inputs` layers side by side in one module read different values;
            `dtype` layers read one value in different dtypes;
            `geometry` kernels, strides, paddings, dilations or groups differ;
-           `not-finite` weights hold NaN or infinity;  `certificate` the pieces differ in float64
+           `not-finite` weights hold NaN or infinity;  `certificate` the pieces differ in float64;
+           `costs-more` the cost model that was given does not find the merged layer cheaper
 Preserves: signature, shapes, dtypes; values up to rounding
 
-It runs when named, not by default: merged layers take exactly the multiplications that they took apart, and
-the split copies every output once more, so the cost model never finds it cheaper. One large product can still
-be faster than several small ones; measure it on the runtime it is meant for. Each `Change` states both costs.
+It runs when it is named, or when a cost model is given that finds it cheaper. By FLOPs it never is: merged
+layers take exactly the multiplications that they took apart, and the split copies every output once more. One
+large product can still be faster than several small ones; measure it on the runtime it is meant for. Each
+`Change` states both costs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import fx
 from graphsurgery.affine.certify import LIMIT, SAMPLES, deviation, draw
 from graphsurgery.affine.pointwise import memory_readers
 from graphsurgery.affine.region import Scope, runner
-from graphsurgery.cost import Cost, node_cost, op_name
+from graphsurgery.cost import Cost, CostModel, cost_model, node_cost, op_name
 from graphsurgery.graph import (
     annotate,
     copy_graph_module,
@@ -53,20 +55,37 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MergeSiblings(Pass):
-    """Merges all layers that read one value: q, k and v of an attention, sibling heads, parallel convs."""
+    """Merges all layers that read one value: q, k and v of an attention, sibling heads, parallel convs.
+
+    Attributes:
+        cost: what has to find the merged layer cheaper, "flops" or a `graphsurgery.cost.CostModel`; None asks
+            nothing and merges all.
+    """
+
+    cost: str | CostModel | None = None
 
     name: ClassVar[str] = "merge-siblings"
     summary: ClassVar[str] = "layers that read the same value into one, with a split behind"
     default: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PassError: `cost` is no cost model.
+        """
+        if self.cost is not None:
+            cost_model(self.cost)
+
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
         work = copy_graph_module(gm)
         scope = Scope(work)
+        model = None if self.cost is None else cost_model(self.cost)
         changes: list[Change] = []
         refusals: list[Refusal] = []
         for layers in _families(scope, refusals):
-            outcome = _merge(scope, layers)
+            outcome = _merge(scope, layers, model)
             (changes if isinstance(outcome, Change) else refusals).append(outcome)  # type: ignore[arg-type]
         if not changes:
             return PassResult(gm, (), tuple(refusals))
@@ -210,18 +229,21 @@ def _refusal(code: str, nodes: Sequence[fx.Node], reason: str) -> Refusal:
 # -- making one of them
 
 
-def _merge(scope: Scope, members: tuple[fx.Node, ...]) -> Change | Refusal:
+def _merge(scope: Scope, members: tuple[fx.Node, ...], model: CostModel | None) -> Change | Refusal:
     gm, graph, first = scope.gm, scope.gm.graph, members[0]
     slots = _slots(scope, members)
     if not all(bool(torch.isfinite(value).all()) for value in slots.values()):
         return _refusal("not-finite", members, "their weights hold NaN or infinity")
+    before = sum((node_cost(node, scope.sizes) for node in members), Cost(params=scope.params(members)[0]))
+    after = _merged_cost(scope, members, slots, before)
+    if model is not None and not model.score(after) < model.score(before):
+        return _refusal("costs-more", members, f"by {model.name!r}, apart {before}; merged {after}")
     sizes = [int(tensor_meta(node.args[1]).shape[0]) for node in members]  # type: ignore[arg-type]
     axis = tensor_meta(first).dim() - (1 if op_name(first) == "linear" else int(op_name(first)[4]) + 1)
     residual = _residual(scope, members, slots, sizes, axis)
     if not residual <= LIMIT:
         reason = f"the pieces deviate by {residual:.1e} in float64, expected at most {LIMIT:.0e}"
         return _refusal("certificate", members, f"{reason}; please report this")
-    before = sum((node_cost(node, scope.sizes) for node in members), Cost(params=scope.params(members)[0]))
     refs, kind = tuple(NodeRef.of(node) for node in members), "+".join(op_name(node) for node in members)
 
     path = _fresh_path(gm, members)
@@ -251,17 +273,34 @@ def _merge(scope: Scope, members: tuple[fx.Node, ...]) -> Change | Refusal:
         constants = [value for value in node.all_input_nodes if value in scope.constant]
         graph.erase_node(node)
         erase_unread(constants)
-    params = Cost(params=sum(value.numel() for value in slots.values()))
-    after = sum((node_cost(node, scope.sizes) for node in made), params)
     written = tuple(f"{path}.{slot}" for slot in slots)
     detail = f"one layer of {' + '.join(map(str, sizes))} outputs; apart {before}; merged {after}"
     new = tuple(NodeRef.of(node) for node in made)
     return Change(MergeSiblings.name, kind, refs, new, written, before, after, residual, detail)
 
 
+def _merged_cost(
+    scope: Scope, members: Sequence[fx.Node], slots: dict[str, torch.Tensor], apart: Cost
+) -> Cost:
+    """What the merged layer, its split, and the copies of pieces that leave the model will cost."""
+    values = (prod(map(scope.sizes.per_sample, tensor_meta(node).shape)) for node in members)
+    return Cost(
+        macs=apart.macs,
+        elementwise=apart.elementwise,
+        moved=sum(values),
+        params=sum(value.numel() for value in slots.values()),
+        nodes=2 + sum(map(_leaves, members)),
+    )
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether a value is an output of the model."""
+    return any(user.op == "output" for user in node.users)
+
+
 def _compact(gm: fx.GraphModule, old: fx.Node, piece: fx.Node) -> fx.Node:
     """An output of the model keeps its layout in memory: a piece of a split has gaps."""
-    if not any(user.op == "output" for user in old.users):
+    if not _leaves(old):
         return piece
     with gm.graph.inserting_after(piece):
         copy = gm.graph.call_function(

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from graphsurgery import passes as _passes
 from graphsurgery.capture import capture
+from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import capture_info
 from graphsurgery.pipeline.proof import Proof
@@ -47,6 +48,7 @@ def optimize(
     dynamic_shapes: Any = None,
     on_event: OnEvent | None = None,
     max_param_growth: float | None = None,
+    cost: str | CostModel | None = None,
 ) -> OptimizeResult:
     """Fold a trained network into a cheaper one that computes the same.
 
@@ -62,6 +64,9 @@ def optimize(
         on_event: Called at the start and end of every stage and pass.
         max_param_growth: How many times the parameters of what it replaces a folded layer may have; replaces
             the option of that name of every pass that has it.
+        cost: What is cheaper than what, `"flops"` or a `graphsurgery.cost.CostModel`; replaces the option of
+            that name of every pass that has it. Among the default passes, `merge-siblings` runs only where
+            this is given and finds the merged layer cheaper.
 
     Returns:
         The module, its graph, and the report.
@@ -75,7 +80,8 @@ def optimize(
     """
     if verify not in ("final", "each-pass", "off"):
         raise ValueError(f"verify must be 'final', 'each-pass' or 'off', got {verify!r}")
-    chosen = _with_option(_passes.select(passes), "max_param_growth", max_param_growth)
+    chosen = _with_option(_passes.select(passes, cost), "max_param_growth", max_param_growth)
+    chosen = _with_option(chosen, "cost", cost)
     stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
     with stages("capture"):
         gm = _capture(model, example_inputs, dynamic_shapes)

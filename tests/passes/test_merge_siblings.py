@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import graphsurgery as gs
 import graphsurgery.passes.merge_siblings as merge_siblings
 from graphsurgery.affine.certify import LIMIT
 from graphsurgery.capture import capture
-from graphsurgery.cost import graph_cost, op_name
+from graphsurgery.cost import Cost, graph_cost, op_name
+from graphsurgery.errors import PassError
 from graphsurgery.graph import structural_hash
 from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.restore import restore
@@ -90,7 +92,10 @@ def merge(model: nn.Module, x: Tensor) -> PassResult:
     again = MergeSiblings().run(result.graph_module)
     assert not again.changes, "a second run found something"
     assert structural_hash(again.graph_module) == structural_hash(result.graph_module)
-    assert graph_cost(result.graph_module).macs == graph_cost(gm).macs
+    spent, named = graph_cost(result.graph_module) - graph_cost(gm), Cost()
+    for change in result.changes:
+        named += change.cost_after - change.cost_before
+    assert spent == named, "the changes name what the graph costs more or less"
     for change in result.changes:
         assert change.residual is not None
         assert change.residual <= LIMIT
@@ -119,6 +124,45 @@ def test_merges_q_k_and_v() -> None:
     assert change.cost_after.macs == change.cost_before.macs == 5 * 8 * 20
     assert change.cost_after.moved == 5 * 20
     assert set(restore(result.graph_module).state_dict()) == {"attn.q_k_v.weight", "attn.q_k_v.bias"}
+
+
+@dataclass(frozen=True)
+class Fewest:
+    """Counts nodes, then operations."""
+
+    name: str = "nodes"
+
+    def score(self, cost: Cost) -> tuple[float, ...]:
+        return (cost.nodes, cost.flops)
+
+
+def test_a_cost_model_decides_when_it_is_given() -> None:
+    model, x = seeded(Block), TOKENS
+    gm = capture(model, (x,))
+    by_flops = MergeSiblings(cost="flops").run(gm)
+    assert not by_flops.changes
+    (refusal,) = by_flops.refusals
+    assert refusal.code == "costs-more"
+    (change,) = MergeSiblings(cost=Fewest()).run(gm).changes
+    assert str(change.cost_before) in refusal.reason
+    assert str(change.cost_after) in refusal.reason
+    assert change.cost_after.nodes < change.cost_before.nodes
+    two = capture(seeded(lambda: Heads(nn.Linear(8, 3), nn.Linear(8, 2))), (x,))
+    assert codes(MergeSiblings(cost=Fewest()).run(two)) == ["costs-more"], "a layer and a split are two too"
+
+
+def test_it_is_a_default_pass_under_a_cost_model_that_may_find_it_cheaper() -> None:
+    model, x = seeded(Block), TOKENS
+    for options, linears in (({}, 3), ({"cost": "flops"}, 3), ({"cost": Fewest()}, 1)):
+        result = gs.optimize(model, x, **options)
+        assert ops(result.graph_module).count("linear") == linears, options
+
+
+def test_no_cost_model() -> None:
+    with pytest.raises(PassError, match="there is no cost model named 'time'"):
+        MergeSiblings(cost="time")
+    with pytest.raises(PassError, match="the name of a cost model or a CostModel, got 3"):
+        gs.optimize(seeded(Block), TOKENS, cost=3)
 
 
 @pytest.mark.parametrize(
