@@ -6,7 +6,8 @@ rounded to the model's dtype on the way; the certificate would be blind to such 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,7 @@ class Scope:
             if node.op == "get_attr":
                 self.reads(node)
         self._tallies: dict[fx.Node, Tally] = {}
+        self._held: dict[fx.Node, Any] | None = None
         self.memory: dict[Any, Any] = {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -208,9 +210,18 @@ class Scope:
             raise TypeError(f"constant {node.name!r} is not a tensor")
         return value
 
+    @contextmanager
+    def holding_constants(self) -> Iterator[None]:
+        """Keep the float64 values of constants meanwhile: those of one fold, not of a whole model."""
+        self._held = {}
+        try:
+            yield
+        finally:
+            self._held = None
+
     def _constants(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
         """Float64 values of constant nodes; nothing is kept, so that a large model is not held twice."""
-        values: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, Any] = {} if self._held is None else self._held
         needed: list[fx.Node] = []
         stack = list(nodes)
         while stack:

@@ -63,9 +63,10 @@ def prepare(fold: Fold, memory_budget: int) -> Ready:
     """
     region = fold.region
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
-            filled = fill(region, fold.option.form, memory_budget)
-        deviation = residual(region, filled.form, filled.slots)
+        with region.scope.holding_constants():
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+                filled = fill(region, fold.option.form, memory_budget)
+            deviation = residual(region, filled.form, filled.slots)
         _check(fold, filled, deviation)
     except NoFold:
         raise
