@@ -184,12 +184,19 @@ def _heavy_call(node: fx.Node) -> bool:
     return any("convolution" in name or "linear" in name for name in names)
 
 
-def by_graphsurgery(network: Network) -> Outcome:
+def by_graphsurgery(network: Network, passes: tuple[str, ...] | None = None) -> Outcome:
     """Our default passes and export."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        gs.optimize(network.model, (network.x,), verify="off").export_onnx(path, verify=False)
+        result = gs.optimize(network.model, (network.x,), passes=passes, verify="off")
+        result.export_onnx(path, verify=False)
         return network.judge(onnx.load(path))
+
+
+def by_merging(network: Network) -> Outcome:
+    """The default passes, and the one that runs when named: layers on one value into one."""
+    names = tuple(item.name for item in gs.passes.default_passes())
+    return by_graphsurgery(network, (*names, gs.passes.MergeSiblings.name))
 
 
 TOOLS: dict[str, Callable[[Network], Outcome]] = {
@@ -201,6 +208,7 @@ TOOLS: dict[str, Callable[[Network], Outcome]] = {
     "fx.fuse": by_fx_fuse,
     "Inductor": by_inductor,
     "graphsurgery": by_graphsurgery,
+    "graphsurgery with merge-siblings": by_merging,
 }
 
 
