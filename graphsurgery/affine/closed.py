@@ -25,9 +25,10 @@ from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes, Window
 from graphsurgery.affine.forms import Form
 from graphsurgery.affine.program import Conv, Linear
-from graphsurgery.affine.region import ELEMENTWISE, Region, Scope, is_heavy, runner
+from graphsurgery.affine.region import ELEMENTWISE, Region, Scope, is_heavy
 from graphsurgery.affine.rules import ints
 from graphsurgery.affine.rules_movement import permutation
+from graphsurgery.affine.runner import runner
 from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 

@@ -26,14 +26,15 @@ from graphsurgery.affine.forms import Form
 from graphsurgery.affine.permuted import permuted_kernel
 from graphsurgery.affine.preshift import SLOT, entry_shift
 from graphsurgery.affine.program import Layout
-from graphsurgery.affine.region import Region, linear_part, runner
+from graphsurgery.affine.region import Region
 from graphsurgery.affine.roles import Roles
 from graphsurgery.affine.rules import live_operands
+from graphsurgery.affine.runner import linear_part, runner
 from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor
 
-DEFAULT_BUDGET = 256 * 1024 * 1024
-"""Bytes that the values of one chunk of probes may take."""
+DEFAULT_BUDGET = 32 * 1024 * 1024
+"""Bytes that the values of one chunk of probes may take: no faster with more."""
 
 
 @dataclass(frozen=True)
@@ -151,23 +152,6 @@ def _batch_of(value: torch.Tensor, layout: Layout, sizes: dict[int, int], region
     return max(1, value.numel() // unit) if region.scope.primes else 1
 
 
-_BATCHED = frozenset(
-    (
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "reshape",
-        "flatten",
-        "permute",
-        "transpose",
-        "add",
-        "sub",
-        "mul",
-    )
-)
-"""Calls whose adjoints torch has batching rules for."""
-
 Taps = tuple[list[int], ...]
 Look = tuple[torch.Tensor, tuple[int, ...], Taps]  # what was found, from where, and the taps to take of it
 
@@ -242,41 +226,22 @@ class _Probe:
         """Rows of the kernel, `[v, rows, g, *positions]`, from each place that has to be looked at."""
         roles, n = self.roles, stop - start
         entry_sizes, exit_sizes = self._probe_sizes()
-        # Rows need no values: one sample runs forward, and only its adjoint runs for all seeds at once.
-        forward = 1 if self._batches else batch
-        shape, whole = (
-            [prod(self._sizes(entry_sizes, b, dim)) for dim in roles.entry] for b in (forward, batch)
-        )
-        x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
         scope, entry, nodes = self.region.scope, self.region.entry, self.region.nodes
-        last = self._last_weight if forward == 1 else None
-        y = runner(scope, entry, nodes if last is None else nodes[:-1], forward)(x)
+        x = torch.zeros(
+            [prod(self._sizes(entry_sizes, batch, dim)) for dim in roles.entry], dtype=torch.float64
+        )
+        x.requires_grad_()
+        last = self._last_weight
+        y = runner(scope, entry, nodes if last is None else nodes[:-1], batch)(x)
         for at, taps in self._looks(entry_sizes, exit_sizes):
             if last is None:
-                seeds = self._one_hots(
-                    roles.exit, exit_sizes, self.order_out, roles.fresh, start, n, batch, at
-                )
+                hot = (roles.fresh, start, n, batch, at)
+                seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, *hot)
             else:  # what the adjoint of the last Linear makes of one-hots
-                seeds = scope.constant_value(last)[start:stop]
-            each = seeds.reshape(-1, *y.shape)
-            several = len(each) > 1
-            (grad,) = torch.autograd.grad(
-                y, x, each if several else each[0], retain_graph=True, is_grads_batched=several
-            )
-            found = self._canonical(
-                grad.reshape(whole), roles.entry, entry_sizes, self.order_in, roles.gone, batch
-            )
+                seeds = scope.constant_value(last)[start:stop].reshape(y.shape)
+            (grad,) = torch.autograd.grad(y, x, seeds, retain_graph=True)
+            found = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)
             yield found[:n].transpose(0, 1), at, taps
-
-    @property
-    def _batches(self) -> bool:
-        """Whether the adjoint of one sample can run for many seeds at once.
-
-        The batch leads both sides, and torch has batching rules for the adjoint of every call.
-        """
-        lead = [dim[:1] for dim in (*self.roles.entry[:1], *self.roles.exit[:1])]
-        leads = len(lead) == 2 and lead[0] == lead[1] and self.roles.symbolic(lead[0])
-        return leads and all(op_name(node) in _BATCHED for node in self.region.nodes)
 
     @property
     def _last_weight(self) -> fx.Node | None:

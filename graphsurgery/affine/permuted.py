@@ -11,7 +11,8 @@ from torch import fx
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes
 from graphsurgery.affine.forms import Form
-from graphsurgery.affine.region import Region, Scope, is_heavy, linear_part, runner
+from graphsurgery.affine.region import Region, Scope, is_heavy
+from graphsurgery.affine.runner import linear_part, runner
 from graphsurgery.cost import op_name
 from graphsurgery.values import tensor_meta
 

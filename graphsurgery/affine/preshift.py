@@ -18,7 +18,8 @@ from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Atom, Axes, NoFold
 from graphsurgery.affine.choice import Option, options
 from graphsurgery.affine.program import Shift
-from graphsurgery.affine.region import ELEMENTWISE, Region, runner
+from graphsurgery.affine.region import ELEMENTWISE, Region
+from graphsurgery.affine.runner import runner
 from graphsurgery.cost import Cost, op_name
 
 SLOT = "entry_shift"

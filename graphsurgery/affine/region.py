@@ -17,11 +17,10 @@ from torch import fx
 
 from graphsurgery.affine import rules
 from graphsurgery.affine.atoms import Axes
+from graphsurgery.affine.runner import as_recorded, call, narrows, runner, widened
 from graphsurgery.cost import FLOPS, Cost, CostModel, kind_of, node_cost, op_name
 from graphsurgery.graph import get_attr_value
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
-
-_CASTS = frozenset({"_to_copy", "to"})
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class Scope:
 
     def constant_value(self, node: fx.Node) -> torch.Tensor:
         """The float64 value of a constant node, computed from its leaves (integers stay integers)."""
-        value = self._constants((node,))[node]
+        value = self.constant_values((node,))[node]
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"constant {node.name!r} is not a tensor")
         return value
@@ -219,7 +218,7 @@ class Scope:
         finally:
             self._held = None
 
-    def _constants(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+    def constant_values(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
         """Float64 values of constant nodes; nothing is kept, so that a large model is not held twice."""
         values: dict[fx.Node, Any] = {} if self._held is None else self._held
         needed: list[fx.Node] = []
@@ -233,13 +232,13 @@ class Scope:
         for node in sorted(needed, key=self._order.__getitem__):
             if node.op == "get_attr":
                 value: Any = get_attr_value(self.gm, str(node.target)).detach()
-                values[node] = _wide(value)
-            elif _narrows(node):
+                values[node] = widened(value)
+            elif narrows(node):
                 # A rounding that the model asks for is part of its function: do it, then widen.
-                source = fx.node.map_arg(node.args, lambda n: _as_recorded(values[n], n))
-                values[node] = _wide(node.target(*source, **node.kwargs))  # type: ignore[operator]  # an op
+                source = fx.node.map_arg(node.args, lambda n: as_recorded(values[n], n))
+                values[node] = widened(node.target(*source, **node.kwargs))  # type: ignore[operator]  # an op
             else:
-                values[node] = _call(node, lambda n: values[n])
+                values[node] = call(node, lambda n: values[n])
         return values
 
 
@@ -278,64 +277,8 @@ class Region:
         return replace(own, cost=replace(own.cost, params=params), shares=int(shares))
 
     def runner(self, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The region as a function of its entry, in float64, with views at the given batch size."""
+        """The region as a function of its entry, in float64, at the given batch size (see `runner`)."""
         return runner(self.scope, self.entry, self.nodes, batch)
-
-
-def runner(
-    scope: Scope, entry: fx.Node, nodes: Sequence[fx.Node], batch: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Calls in graph order as a function of one value, in float64.
-
-    Args:
-        scope: their graph.
-        entry: the one live value that they read.
-        nodes: the calls; the value of the last one is returned.
-        batch: what the batch symbols stand for.
-    """
-    constants = scope._constants(o for n in nodes for o in n.all_input_nodes if o in scope.constant)
-    last_use = {o: node for node in nodes for o in node.all_input_nodes}
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        values: dict[fx.Node, Any] = {entry: x}
-
-        def operand(node: fx.Node) -> Any:
-            if node in values:
-                return values[node]
-            if node in constants:
-                return constants[node]
-            return scope.sizes.at(node.meta["val"], batch)
-
-        for node in nodes:
-            if op_name(node) in _CASTS:
-                values[node] = operand(node.all_input_nodes[0])
-            elif op_name(node) == "batch_norm" and x.requires_grad:
-                values[node] = _batch_norm(node, operand)
-            else:
-                values[node] = _call(node, operand)
-            for read in node.all_input_nodes:
-                if last_use[read] is node:
-                    values.pop(read, None)
-        result = values[nodes[-1]]
-        if not isinstance(result, torch.Tensor):
-            raise TypeError(f"region exit {nodes[-1].name!r} is not a tensor")
-        return result
-
-    return run
-
-
-def linear_part(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`A x` of `run(x) = A x + b`, without the rounding that `b` would leave in a difference.
-
-    The adjoint is linear in what it is fed, and the derivative of that is `A` again.
-    """
-    with torch.enable_grad():
-        zero = torch.zeros_like(x, requires_grad=True)
-        y = run(zero)
-        seed = torch.zeros_like(y, requires_grad=True)
-        (adjoint,) = torch.autograd.grad(y, zero, seed, create_graph=True)
-        (value,) = torch.autograd.grad(adjoint, seed, x)
-    return value
 
 
 ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm"})
@@ -346,50 +289,3 @@ def is_heavy(node: fx.Node) -> bool:
     """Whether a call multiplies by weights."""
     name = op_name(node)
     return name.startswith("conv") or name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")
-
-
-def _call(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
-    args = fx.node.map_arg(node.args, operand)
-    kwargs = dict(fx.node.map_arg(node.kwargs, operand))
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        kwargs["dtype"] = torch.float64
-    return _wide(node.target(*args, **kwargs))  # type: ignore[operator]  # an op
-
-
-def _batch_norm(node: fx.Node, operand: Callable[[fx.Node], Any]) -> torch.Tensor:
-    """Batch norm with running statistics, spelled out.
-
-    The adjoint needs it: torch 2.14's own backward of it on CPU reads a gradient that is not contiguous, and
-    has dimensions of size one, at the wrong places.
-    """
-    args: Any = fx.node.map_arg(node.args, operand)
-    x, weight, bias, mean, variance, _, _, eps = args[:8]
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    scale = torch.rsqrt(variance + eps)
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    result: torch.Tensor = x * scale.reshape(shape) + shift.reshape(shape)
-    return result
-
-
-def _wide(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(torch.float64)
-    return value
-
-
-def _narrows(node: fx.Node) -> bool:
-    """Whether a constant cast rounds to a narrower float dtype."""
-    if op_name(node) not in _CASTS or not is_tensor(node):
-        return False
-    source, target = tensor_meta(node.all_input_nodes[0]).dtype, tensor_meta(node).dtype
-    if not (source.is_floating_point and target.is_floating_point):
-        return source.is_floating_point
-    return torch.finfo(target).eps > torch.finfo(source).eps
-
-
-def _as_recorded(value: Any, node: fx.Node) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(tensor_meta(node).dtype)
-    return value

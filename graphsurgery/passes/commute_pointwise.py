@@ -24,7 +24,8 @@ from torch import fx
 
 from graphsurgery.affine.certify import LIMIT, SAMPLES, deviation, draw
 from graphsurgery.affine.pointwise import Layer, Mover
-from graphsurgery.affine.region import Scope, runner
+from graphsurgery.affine.region import Scope
+from graphsurgery.affine.runner import runner
 from graphsurgery.affine.swaps import Swap, fold_lost, swaps
 from graphsurgery.cost import FLOPS, Cost, node_cost, op_name
 from graphsurgery.graph import annotate, copy_graph_module, fake_mode, origin

@@ -23,7 +23,8 @@ from torch import fx, nn
 
 from graphsurgery.affine.certify import LIMIT, deviation
 from graphsurgery.affine.pointwise import memory_readers, read_layer
-from graphsurgery.affine.region import Scope, runner
+from graphsurgery.affine.region import Scope
+from graphsurgery.affine.runner import runner
 from graphsurgery.cost import Cost, node_cost, op_name
 from graphsurgery.graph import (
     annotate,

@@ -30,7 +30,8 @@ from torch import fx
 
 from graphsurgery.affine.certify import LIMIT, SAMPLES, deviation, draw
 from graphsurgery.affine.pointwise import memory_readers
-from graphsurgery.affine.region import Scope, runner
+from graphsurgery.affine.region import Scope
+from graphsurgery.affine.runner import runner
 from graphsurgery.cost import Cost, CostModel, cost_model, node_cost, op_name
 from graphsurgery.graph import (
     annotate,
