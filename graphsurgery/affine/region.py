@@ -123,6 +123,10 @@ class Scope:
         names = {str(node.target) for node in nodes if node.op == "get_attr"}
         return {name for name in names if self._attributes[name] <= readers}
 
+    def knows(self, node: fx.Node) -> bool:
+        """Whether a node was in the graph when it was read."""
+        return node in self._order
+
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""
         return self._order[node]
