@@ -120,8 +120,13 @@ class Scope:
 
     def attributes_read_by(self, nodes: Collection[fx.Node]) -> set[str]:
         """Names of the attributes that only the given nodes read, of all that were noted."""
+        readers = set(nodes)
         names = {str(node.target) for node in nodes if node.op == "get_attr"}
-        return {name for name in names if self._attributes[name] <= set(nodes)}
+        return {name for name in names if self._attributes[name] <= readers}
+
+    def knows(self, node: fx.Node) -> bool:
+        """Whether a node was in the graph when it was read."""
+        return node in self._order
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""

@@ -66,14 +66,25 @@ class Swap:
 
 
 def swaps(scope: Scope) -> Iterator[list[Swap]]:
-    """For every mover, all swaps in which it touches the layers."""
+    """For every mover, all swaps in which it touches the layers.
+
+    The caller may make a swap and go on: what is written then is left out, for the scope does not know it.
+    """
     for node in list(scope.gm.graph.nodes):
-        mover = read_mover(scope, node)
+        mover = None if node._erased else read_mover(scope, node)
         if mover is None:
             continue
-        yield list(_swaps_behind(scope, mover))
-        for user in mover.node.users:
-            yield list(_swaps_before(scope, mover, user))
+        yield _known(scope, _swaps_behind(scope, mover))
+        for user in list(mover.node.users):
+            if not node._erased:
+                yield _known(scope, _swaps_before(scope, mover, user))
+
+
+def _known(scope: Scope, found: Iterator[Swap]) -> list[Swap]:
+    """All of them; none where one begins, ends or lies at a call written since the scope was made."""
+    every = list(found)
+    around = (node for swap in every for node in (swap.entry, *swap.nodes, *swap.nodes[-1].users))
+    return every if all(scope.knows(node) for node in around) else []
 
 
 def _swaps_behind(scope: Scope, mover: Mover) -> Iterator[Swap]:

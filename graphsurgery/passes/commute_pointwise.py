@@ -56,15 +56,17 @@ class CommutePointwise(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
+        if not any(swaps(Scope(gm))):
+            return PassResult(gm)
         work = copy_graph_module(gm)
         changes: list[Change] = []
-        while True:
+        while True:  # what moved may move on
             scope = Scope(work)
             refusals: list[Refusal] = []
-            change = next(filter(None, (_settle(scope, found, refusals) for found in swaps(scope))), None)
-            if change is None:
+            made = [change for found in swaps(scope) if (change := _settle(scope, found, refusals))]
+            if not made:
                 break
-            changes.append(change)
+            changes += made
         if not changes:
             return PassResult(gm, (), tuple(refusals))
         work.graph.lint()

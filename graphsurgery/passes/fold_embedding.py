@@ -57,6 +57,8 @@ class FoldEmbedding(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
+        if not gm.graph.find_nodes(op="call_function", target=aten.embedding.default):
+            return PassResult(gm)
         work = copy_graph_module(gm)
         changes: list[Change] = []
         while True:

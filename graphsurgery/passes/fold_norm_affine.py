@@ -50,10 +50,10 @@ class FoldNormAffine(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Write every norm as a bare one with a scale and a shift, fold these, and undo what stays."""
+        if not _norms(gm):
+            return PassResult(gm)
         work = copy_graph_module(gm)
         parted = [_part(work, norm) for norm in _norms(work)]
-        if not parted:
-            return PassResult(gm)
         scope = Scope(work)
         for norm in parted:
             for node in norm.affine:  # part of the norm, which is there before and after

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import graphsurgery as gs
 import graphsurgery.passes.commute_pointwise as commute_pointwise
 from graphsurgery.affine.certify import LIMIT
+from graphsurgery.affine.region import Scope
 from graphsurgery.capture import capture
 from graphsurgery.cost import graph_cost, op_name
 from graphsurgery.graph import module_path, structural_hash
@@ -215,6 +216,27 @@ def test_a_layer_between_an_interpolation_and_a_pool_goes_where_there_are_fewest
     assert ops(commute(up_and_down, IMAGE).graph_module)[-1] == "conv2d"
     up_more = sequence(lambda x: F.interpolate(x, scale_factor=4), nn.Conv2d(4, 6, 1), nn.AvgPool2d(2))
     assert ops(commute(up_more, IMAGE).graph_module)[0] == "conv2d"
+
+
+def test_the_graph_is_read_no_oftener_for_more_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves that are apart from each other are made in one walk: the time grows with the graph only."""
+    scopes: list[Scope] = []
+
+    def counted(gm: fx.GraphModule) -> Scope:
+        scopes.append(Scope(gm))
+        return scopes[-1]
+
+    def run(blocks: int) -> tuple[int, int]:
+        scopes.clear()
+        block = (nn.Conv2d(4, 4, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.ReLU())
+        block = (*block, nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 1), nn.ReLU())
+        gm = capture(sequence(*block * blocks), (IMAGE,))
+        return len(CommutePointwise().run(gm).changes), len(scopes)
+
+    monkeypatch.setattr(commute_pointwise, "Scope", counted)
+    few, read = run(1)
+    assert few == 2
+    assert run(6) == (6 * few, read)
 
 
 def test_names_modules_and_source_stay() -> None:
