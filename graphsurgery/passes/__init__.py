@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from graphsurgery.errors import PassError
 from graphsurgery.passes.commute_pointwise import CommutePointwise
+from graphsurgery.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.passes.fold_embedding import FoldEmbedding
@@ -24,6 +25,7 @@ from graphsurgery.rewrite.plugins import registered_passes
 __all__ = [
     "ALL_PASSES",
     "CommutePointwise",
+    "EliminateCommonSubexpressions",
     "EliminateIdentity",
     "FoldAffine",
     "FoldEmbedding",
@@ -37,6 +39,7 @@ __all__ = [
 
 ALL_PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity,
+    EliminateCommonSubexpressions,
     CommutePointwise,
     FoldNormAffine,
     FoldAffine,
