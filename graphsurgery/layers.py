@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
+
+from graphsurgery.calls import arguments
 
 __all__ = ["Layer", "read_layer"]
 
@@ -38,25 +39,10 @@ class Layer:
         return (self.kind, self.config, self.tensors)
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    target = node.target
-    if not isinstance(target, OpOverload):
-        raise TypeError(f"{node.name} calls {target}, expected an operator")
-    values: dict[str, Any] = {}
-    for index, parameter in enumerate(target._schema.arguments):
-        given = (
-            node.args[index]
-            if index < len(node.args)
-            else node.kwargs.get(parameter.name, parameter.default_value)
-        )
-        values[parameter.name] = given
-    return values
-
-
 def read_layer(node: fx.Node) -> Layer | None:
     """Return what `node` is as a module, or None when it is no layer, or one whose weight is computed."""
     reader = _READERS.get(node.target) if node.op == "call_function" else None
-    return reader(node, _arguments(node)) if reader is not None else None
+    return reader(node, arguments(node)) if reader is not None else None
 
 
 def _layer(

@@ -16,7 +16,10 @@ from graphsurgery import pipeline
 from graphsurgery.cost import Cost, op_name
 from graphsurgery.graph import copy_graph_module, get_attr_value, set_attr
 
-DEFAULT = ("eliminate-identity", "commute-pointwise", "fold-norm-affine", "fold-affine", "fold-embedding")
+DEFAULT = (
+    *("eliminate-identity", "eliminate-common-subexpressions", "commute-pointwise", "fold-norm-affine"),
+    *("fold-affine", "fold-embedding"),
+)
 CHANGING = ("eliminate-identity", "fold-affine")  # those that find something in the network below
 
 

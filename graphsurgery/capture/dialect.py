@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from graphsurgery.calls import arguments, is_random
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import annotate, source_line
 
@@ -42,43 +43,20 @@ def refuse_foreign(gm: fx.GraphModule) -> None:
                     f"the graph holds a normalisation in training mode{where}; "
                     "trace or export the model again after model.eval()."
                 )
-            if torch.Tag.nondeterministic_seeded in node.target.tags and _is_random(node):
+            if is_random(node):
                 raise CaptureError(
                     f"the model draws random numbers in evaluation mode{where}; "
                     "pass the noise as an input, or switch it off in evaluation."
                 )
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """Return the value of the argument `name` of an operator call, or its default."""
-    target = node.target
-    if isinstance(target, OpOverload):
-        for index, parameter in enumerate(target._schema.arguments):
-            if parameter.name == name:
-                if index < len(node.args) and not parameter.kwarg_only:
-                    return node.args[index]
-                return node.kwargs.get(name, parameter.default_value)
-    return None
-
-
 def _updates_statistics(node: fx.Node) -> bool:
     return (
         node.target
         in (aten.batch_norm.default, aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
-        and bool(argument(node, "training"))
-        and isinstance(argument(node, "running_mean"), fx.Node)
+        and bool(arguments(node)["training"])
+        and isinstance(arguments(node)["running_mean"], fx.Node)
     )
-
-
-def _is_random(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, OpOverload):
-        return False
-    names = {parameter.name for parameter in target._schema.arguments}
-    for flag in ("train", "training"):
-        if flag in names:
-            return bool(argument(node, flag)) and bool(argument(node, "p") != 0)
-    return "dropout_p" not in names or bool(argument(node, "dropout_p") != 0)
 
 
 # -- one spelling for each thing
@@ -217,8 +195,9 @@ def _transpose(node: fx.Node) -> None:
 
 
 def _pad(node: fx.Node) -> None:
-    if argument(node, "mode") == "constant":
-        value = argument(node, "value")
+    given = arguments(node)
+    if given["mode"] == "constant":
+        value = given["value"]
         node.args = (node.args[0], node.args[1], 0.0 if value is None else value)
         node.target, node.kwargs = aten.constant_pad_nd.default, {}
 

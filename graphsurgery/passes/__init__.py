@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from graphsurgery.cost import FLOPS, CostModel, cost_model
 from graphsurgery.errors import PassError
 from graphsurgery.passes.commute_pointwise import CommutePointwise
+from graphsurgery.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.passes.fold_embedding import FoldEmbedding
@@ -25,6 +26,7 @@ from graphsurgery.rewrite.plugins import registered_passes
 __all__ = [
     "ALL_PASSES",
     "CommutePointwise",
+    "EliminateCommonSubexpressions",
     "EliminateIdentity",
     "FoldAffine",
     "FoldEmbedding",
@@ -38,6 +40,7 @@ __all__ = [
 
 ALL_PASSES: tuple[type[Pass], ...] = (
     EliminateIdentity,
+    EliminateCommonSubexpressions,
     CommutePointwise,
     FoldNormAffine,
     FoldAffine,

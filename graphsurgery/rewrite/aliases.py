@@ -14,12 +14,17 @@ from torch import fx
 
 from graphsurgery.cost import op_name
 
-__all__ = ["newly_shared", "reads_memory", "same_layout", "same_tensor_type"]
+__all__ = ["is_only_a_view", "newly_shared", "reads_memory", "same_layout", "same_tensor_type", "shown"]
 
 # Views that say nothing of it in their schema.
-_SILENT_VIEWS = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "getitem"])
-# Views in their schema that copy where they must.
-_MAY_COPY = frozenset(["reshape", "flatten", "contiguous", "to", "type_as"])
+_SILENT_VIEWS = frozenset(
+    [
+        *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "getitem"),
+        *("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "type_as", "einsum"),
+    ]
+)
+# Views, in their schema or silent, that copy where they must.
+_MAY_COPY = frozenset(["reshape", "flatten", "contiguous", "to", "type_as", "einsum"])
 _READ_MEMORY = frozenset(["as_strided", "as_strided_copy", "view_as_complex", "view_as_real"])
 
 
@@ -55,7 +60,7 @@ def newly_shared(node: fx.Node, by: fx.Node) -> str | None:
     Returns:
         A sentence that names it; None if no output would share more than before.
     """
-    if _is_only_a_view(node) or not _escapes(node):
+    if is_only_a_view(node) or not _escapes(node):
         return None
     root = _root(by)
     if root.op != "call_function":
@@ -63,6 +68,28 @@ def newly_shared(node: fx.Node, by: fx.Node) -> str | None:
     if _escapes(root, apart_from=node):
         return f"{node.name!r} copies; without it two outputs would share the memory of {root.name!r}"
     return None
+
+
+def is_only_a_view(node: fx.Node) -> bool:
+    """Whether `node` never copies, so that nothing more is shared without it."""
+    return _may_be_view(node) and op_name(node) not in _MAY_COPY
+
+
+def shown(graph: fx.Graph) -> dict[fx.Node, set[Any]]:
+    """The nodes whose memory an output may show, in one walk, each with what is shown of it.
+
+    Returns:
+        Indices of the pieces of a tuple that are shown; None where it is all of the value.
+    """
+    found: dict[fx.Node, set[Any]] = {}
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            for value in node.all_input_nodes:
+                found.setdefault(value, set()).add(None)
+        elif node in found and _may_be_view(node):
+            piece = node.args[1] if op_name(node) == "getitem" else None
+            found.setdefault(node.all_input_nodes[0], set()).add(piece)
+    return found
 
 
 def _sizes(shape: Any) -> tuple[str, ...]:
@@ -74,16 +101,11 @@ def _may_be_view(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.all_input_nodes:
         return False
     if op_name(node) in _SILENT_VIEWS:
-        return True
+        return op_name(node) != "einsum" or len(node.all_input_nodes) == 1
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return any(value.alias_info is not None for value in target._schema.returns)
-
-
-def _is_only_a_view(node: fx.Node) -> bool:
-    """Whether `node` never copies, so that nothing more is shared without it."""
-    return _may_be_view(node) and op_name(node) not in _MAY_COPY
 
 
 def _root(node: fx.Node) -> fx.Node:
