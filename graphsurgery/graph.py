@@ -262,8 +262,6 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     Setting, adding and deleting attributes or nodes of the copy leaves `gm` as it is; writing into a tensor
     does not.
     """
-    twin = fx.GraphModule(nn.Module(), fx.Graph(), class_name=gm.__class__.__name__)
-    _share_table(gm, {}, into=twin)
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     values: dict[fx.Node, Any] = {}
     output = graph.graph_copy(gm.graph, values, return_output_node=True)
@@ -273,7 +271,8 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(old, fx.Node):
             node.meta = dict(old.meta)
     graph._codegen = gm.graph._codegen
-    twin.graph = graph
+    twin = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
+    _share_table(gm, {}, into=twin)
     twin.meta = dict(gm.meta)
     return twin
 
