@@ -6,6 +6,7 @@ stay with whatever copies, saves or retraces that code. `graphsurgery.capture.ru
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,16 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
-__all__ = ["FIXED_KINDS", "CheckedCodeGen", "Rules", "check_inputs", "evaluate", "kind_of", "shape_text"]
+__all__ = [
+    "FIXED_KINDS",
+    "CheckedCodeGen",
+    "Rules",
+    "check_inputs",
+    "evaluate",
+    "function_of",
+    "kind_of",
+    "shape_text",
+]
 
 FIXED_KINDS = (bool, int, float, str, type(None))
 _AGAIN = "capture the original model again with"
@@ -36,6 +46,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min}
 
 
 class Rules(NamedTuple):
@@ -82,8 +93,20 @@ def evaluate(expression: Any, values: Sequence[Any]) -> Any:
     if word == "or":
         return any(evaluate(operand, values) for operand in expression[1:])
     operands = [evaluate(operand, values) for operand in expression[1:]]
-    function: Any = _OPERATORS[word] if word in _OPERATORS else SYMPY_INTERP[word]
-    return function(*operands)
+    return function_of(word)(*operands)
+
+
+def function_of(word: str) -> Any:
+    """Return what a word in an expression calls.
+
+    Raises:
+        LookupError, AttributeError: It is none of torch's words.
+    """
+    known = _OPERATORS.get(word) or _FUNCTIONS.get(word)
+    if known is not None:
+        return known
+    first, *rest = word.split(".")  # `math.ceil`, `torch.sym_float`
+    return functools.reduce(getattr, rest, SYMPY_INTERP[first])
 
 
 def check_inputs(values: Sequence[Any], inputs: Any, sizes: Any, conditions: Any) -> None:

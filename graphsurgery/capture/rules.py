@@ -20,7 +20,15 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from graphsurgery.capture.checked import FIXED_KINDS, CheckedCodeGen, Rules, check_inputs, evaluate, kind_of
+from graphsurgery.capture.checked import (
+    FIXED_KINDS,
+    CheckedCodeGen,
+    Rules,
+    check_inputs,
+    evaluate,
+    function_of,
+    kind_of,
+)
 from graphsurgery.capture.inputs import Inputs
 
 __all__ = ["TRIED", "InputSizes", "install"]
@@ -249,7 +257,8 @@ class InputSizes:
 
     def _is_said(self, expression: Any) -> bool:
         """Return whether a condition is that two axes have one size, which is named the same for both."""
-        exprs = [self._exprs.get(place) for place in expression[1:]] if expression[0] == "==" else []
+        equal = isinstance(expression, tuple) and expression[0] == "=="
+        exprs = [self._exprs.get(place) for place in expression[1:]] if equal else []
         return len(exprs) == 2 and exprs[0] is not None and exprs[0] == exprs[1]
 
     def _solved(self, expr: sympy.Expr) -> Any:
@@ -263,7 +272,7 @@ class InputSizes:
         try:
             tree = ast.parse(_python(expr), mode="eval").body
             return _translate(tree, lambda node: names[ast.unparse(node)])
-        except LookupError:  # a function that has no word in code
+        except (LookupError, AttributeError):  # a function that has no word in code
             return None
 
     def _root(self, symbol: sympy.Symbol) -> Any:
@@ -281,6 +290,7 @@ class InputSizes:
     def _sources(self) -> dict[str, int]:
         """Return what guards may call the flat inputs: `L['x']`, `L['xs'][0]`, `L['flat_args'][0]`."""
         info = self._codegen.pytree_info
+        guards = " ".join(self._program._guards_code or ())
         positional = info.in_spec.children()[0].num_children
         keywords = list(info.in_spec.children()[1].context)
         tree = pytree.tree_unflatten([0] * info.in_spec.num_leaves, info.in_spec)
@@ -295,6 +305,9 @@ class InputSizes:
             varying = re.fullmatch(r"(.+)_(\d+)", name)
             if args and varying:  # of `*xs`, whose items are called xs_0, xs_1
                 found.setdefault(f"L[{varying[1]!r}][{varying[2]}]{rest}", index)
+            elif not args:  # of `**options`, by whatever name
+                for group in re.findall(rf"L\['(\w+)'\]\['{name}'\]", guards):
+                    found.setdefault(f"L[{group!r}][{name!r}]{rest}", index)
         return found
 
     def _find(self, node: ast.expr, sources: Mapping[str, int]) -> Any:
@@ -358,8 +371,11 @@ def _translate(node: ast.expr, leaf: Callable[[ast.expr], Any]) -> Any:
         terms = [_translate(term, leaf) for term in (node.left, *node.comparators)]
         pairs = [(_WORDS[type(op)], a, b) for op, a, b in zip(node.ops, terms, terms[1:], strict=False)]
         return pairs[0] if len(pairs) == 1 else ("and", *pairs)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return (node.func.id, *(_translate(argument, leaf) for argument in node.args))
+    if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+        word = ast.unparse(node.func)
+        if word.replace(".", "").isidentifier():
+            function_of(word)
+            return (word, *(_translate(argument, leaf) for argument in node.args))
     return leaf(node)
 
 
