@@ -316,17 +316,17 @@ def test_export_of_the_result_has_the_conditions_as_guards() -> None:
 def test_compile_has_no_graph_break(way: Any) -> None:
     model, x = scaled(function=lambda x: x * 2 if x.shape[3] % 2 == 0 else x)
     module = way(capture(model, x, dynamic_shapes=({0: DYNAMIC, 3: DYNAMIC},)))
-    torch.compiler.reset()  # type: ignore[no-untyped-call]
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
     for other in (x, x[:2], x[..., :6], x[:1, ..., :4]):
         torch.testing.assert_close(compiled(other), model(other))
-    torch.compiler.reset()  # type: ignore[no-untyped-call]
-    broken = torch.compile(module, backend="eager")
+    torch.compiler.reset()
+    broken: Any = torch.compile(module, backend="eager")
     with pytest.raises(ValueError, match=r"only where x.shape\[3\] % 2 == 0"):
         broken(x[..., :7])
     with pytest.raises(ValueError, match="size 7 on axis 2, expected 8"):
         broken(x[:, :, :7])
-    torch.compiler.reset()  # type: ignore[no-untyped-call]
+    torch.compiler.reset()
 
 
 def test_onnx_holds_no_trace(tmp_path: Any) -> None:
