@@ -58,11 +58,14 @@ class Rules(NamedTuple):
             name of a free one, or None where conditions say the rest.
         sizes: The free sizes that have bounds: name, lowest and highest value or None.
         conditions: Further conditions on the sizes, as text and as an expression for `evaluate`.
+        lengths: The lists, tuples and mappings among the arguments: name, number of the argument, keys that lead
+            there, number of items.
     """
 
     inputs: tuple[tuple[str, str, Any], ...]
     sizes: tuple[tuple[str, int | None, int | None], ...]
     conditions: tuple[tuple[str, Any], ...]
+    lengths: tuple[tuple[str, int, tuple[Any, ...], int], ...] = ()
 
 
 def kind_of(tensor: torch.Tensor) -> str:
@@ -159,6 +162,29 @@ def check_inputs(values: Sequence[Any], inputs: Any, sizes: Any, conditions: Any
             raise ValueError(
                 f"the graph holds only where {text}, got {_given(values, inputs)}; "
                 f"{_AGAIN} inputs of these sizes."
+            )
+
+
+def check_lengths(arguments: Sequence[Any], lengths: Any) -> None:
+    """Refuse lists, tuples and mappings with more or fewer items than in the example.
+
+    Args:
+        arguments: The arguments of a call, before they are taken apart.
+        lengths: See `Rules`.
+
+    Raises:
+        ValueError: One has another number of items.
+    """
+    for value in arguments:
+        if isinstance(value, fx.Proxy):
+            value.tracer.create_proxy("call_function", check_lengths, (tuple(arguments), lengths), {})
+            return
+    for name, number, path, length in lengths:
+        value = functools.reduce(operator.getitem, path, arguments[number])
+        if len(value) != length:
+            raise ValueError(
+                f"the argument {name!r} has {len(value)} items, expected {length} as in the example; {_AGAIN} "
+                "that many."
             )
 
 
@@ -278,8 +304,9 @@ def _out_of_range(name: str, axis: int, wanted: str, size: Any, low: int | None,
     )
 
 
-# A retraced graph (an unpickled one) does not use what the check returns, and must not lose it for that.
+# A retraced graph (an unpickled one) does not use what a check returns, and must not lose it for that.
 fx.node.has_side_effect(check_inputs)
+fx.node.has_side_effect(check_lengths)
 
 
 class CheckedCodeGen(_PyTreeCodeGen):
@@ -293,15 +320,28 @@ class CheckedCodeGen(_PyTreeCodeGen):
         """Return the head of `forward`, with the check behind it."""
         names = [text.split(":")[0].split("#")[0].strip() for text in free_vars]
         values = "".join(f"{name}, " for name in names)
-        check = f"_check_inputs(({values}), {', '.join(repr(part) for part in self.rules)})"
-        return "\n    ".join([super().gen_fn_def(free_vars, *args, **kwargs), check])
+        *parts, lengths = self.rules
+        lines = [f"_check_inputs(({values}), {', '.join(map(repr, parts))})"]
+        if lengths:
+            arguments = "".join(f"{name}, " for name in self.pytree_info.orig_args)
+            lines.insert(0, f"_check_lengths(({arguments}), {lengths!r})")
+        return "\n    ".join([super().gen_fn_def(free_vars, *args, **kwargs), *lines])
 
     def process_inputs(self, *inputs: Any) -> Any:
         """Return the flat inputs, checked; for `fx.Interpreter`."""
         flat = super().process_inputs(*inputs)
-        check_inputs(flat, *self.rules)
+        inputs, sizes, conditions, _ = self.rules
+        if len(flat) != len(inputs):
+            raise ValueError(
+                f"the graph takes {len(inputs)} inputs, got {len(flat)}; pass as many as captured."
+            )
+        check_inputs(flat, inputs, sizes, conditions)
         return flat
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """Return what the code needs besides torch."""
-        return [*super().additional_globals(), ("_check_inputs", check_inputs)]
+        return [
+            *super().additional_globals(),
+            ("_check_inputs", check_inputs),
+            ("_check_lengths", check_lengths),
+        ]

@@ -163,7 +163,7 @@ class InputSizes:
         if changed is None:
             return False
         try:
-            check_inputs(self.flat(changed), *rules)
+            check_inputs(self.flat(changed), *rules[:3])
         except ValueError:
             return False
         return True
@@ -186,7 +186,25 @@ class InputSizes:
         conditions, notes = self._conditions()
         bounded = tuple(size for size in sizes if size[1:] != (None, None))
         exempt = {symbol for symbol, holds in holds_at_one.items() if holds}
-        return Rules(inputs, bounded, tuple((t, self._but_at_one(e, exempt)) for t, e in conditions)), notes
+        lifted = tuple((text, self._but_at_one(expression, exempt)) for text, expression in conditions)
+        return Rules(inputs, bounded, lifted, self._lengths()), notes
+
+    def _lengths(self) -> tuple[tuple[str, int, tuple[Any, ...], int], ...]:
+        info = self._codegen.pytree_info
+        found: list[tuple[str, int, tuple[Any, ...], int]] = []
+
+        def walk(spec: Any, name: str, number: int, path: tuple[Any, ...]) -> None:
+            keys = spec.context if spec.type is dict else range(spec.num_children)
+            if spec.type not in (list, tuple, dict) or not all(isinstance(key, (str, int)) for key in keys):
+                return
+            found.append((name, number, path, spec.num_children))
+            for key, child in zip(keys, spec.children(), strict=True):
+                walk(child, f"{name}[{key!r}]", number, (*path, key))
+
+        args, kwargs = info.in_spec.children()
+        for number, spec in enumerate((*args.children(), *kwargs.children())):
+            walk(spec, info.orig_args[number], number, ())
+        return tuple(found)
 
     def _but_at_one(self, expression: Any, exempt: set[sympy.Symbol]) -> Any:
         """Lift a condition on one free size where that is 1 and the graph was tried at 1."""

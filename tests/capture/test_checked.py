@@ -298,6 +298,32 @@ def test_a_number_that_is_free_is_checked_as_a_size() -> None:
         gm(torch.ones(2, 4), 7)
 
 
+class Total(nn.Module):
+    def forward(self, items: list[torch.Tensor], more: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        return torch.stack([*items, *more["a"]]).sum(0)
+
+
+@pytest.mark.parametrize(
+    "way", WAYS.keys() - {"captured again", "interpreted", "traced by fx", "transformed"}
+)
+def test_another_number_of_items_is_refused(way: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    run = WAYS[way](capture(Total(), ([x, x + 1], {"a": [x * 2]})))
+    torch.testing.assert_close(run([x, x], {"a": [x]}), x * 3)
+    with pytest.raises(ValueError, match="'items' has 3 items, expected 2"):
+        run([x, x, x], {"a": [x]})
+    with pytest.raises(ValueError, match=r"\"more\['a'\]\" has 2 items, expected 1"):
+        run([x, x], {"a": [x, x]})
+    with pytest.raises(ValueError, match="'more' has 2 items, expected 1"):
+        run([x, x], {"a": [x], "b": [x]})
+
+
+def test_another_number_of_items_is_refused_by_an_interpreter() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="takes 3 inputs, got 4"):
+        fx.Interpreter(capture(Total(), ([x, x], {"a": [x]}))).run([x, x, x], {"a": [x]})
+
+
 # -- what others make of it
 
 
