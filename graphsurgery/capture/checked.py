@@ -8,45 +8,19 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
-__all__ = [
-    "FIXED_KINDS",
-    "CheckedCodeGen",
-    "Rules",
-    "check_inputs",
-    "evaluate",
-    "function_of",
-    "kind_of",
-    "shape_text",
-]
+from graphsurgery.capture.expressions import compiled, evaluate
+
+__all__ = ["FIXED_KINDS", "CheckedCodeGen", "Rules", "check_inputs", "check_lengths", "kind_of", "shape_text"]
 
 FIXED_KINDS = (bool, int, float, str, type(None))
 _AGAIN = "capture the original model again with"
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "**": operator.pow,
-    "neg": operator.neg,
-    "not": operator.not_,
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min}
 
 
 class Rules(NamedTuple):
@@ -58,8 +32,8 @@ class Rules(NamedTuple):
             name of a free one, or None where conditions say the rest.
         sizes: The free sizes that have bounds: name, lowest and highest value or None.
         conditions: Further conditions on the sizes, as text and as an expression for `evaluate`.
-        lengths: The lists, tuples and mappings among the arguments: name, number of the argument, keys that lead
-            there, number of items.
+        lengths: The lists, tuples and mappings among the arguments: name, number of the argument, keys that
+            lead there, number of items.
     """
 
     inputs: tuple[tuple[str, str, Any], ...]
@@ -76,40 +50,6 @@ def kind_of(tensor: torch.Tensor) -> str:
     if dtype.is_complex:
         return "complex"
     return "boolean" if dtype == torch.bool else "integer"
-
-
-def evaluate(expression: Any, values: Sequence[Any]) -> Any:
-    """Return the value of an expression: a number, or a tuple of an operator and its operands.
-
-    `("size", i, axis)` is a size of the input `i`, `("value", i)` the number passed as input `i`; other words
-    are those of `torch`'s own guards.
-    """
-    if not isinstance(expression, tuple):
-        return expression
-    word = expression[0]
-    if word == "size":
-        return values[expression[1]].shape[expression[2]]
-    if word == "value":
-        return values[expression[1]]
-    if word == "and":
-        return all(evaluate(operand, values) for operand in expression[1:])
-    if word == "or":
-        return any(evaluate(operand, values) for operand in expression[1:])
-    operands = [evaluate(operand, values) for operand in expression[1:]]
-    return function_of(word)(*operands)
-
-
-def function_of(word: str) -> Any:
-    """Return what a word in an expression calls.
-
-    Raises:
-        LookupError, AttributeError: It is none of torch's words.
-    """
-    known = _OPERATORS.get(word) or _FUNCTIONS.get(word)
-    if known is not None:
-        return known
-    first, *rest = word.split(".")  # `math.ceil`, `torch.sym_float`
-    return functools.reduce(getattr, rest, SYMPY_INTERP[first])
 
 
 def check_inputs(values: Sequence[Any], inputs: Any, sizes: Any, conditions: Any) -> None:
@@ -155,7 +95,7 @@ def check_inputs(values: Sequence[Any], inputs: Any, sizes: Any, conditions: Any
             raise ValueError(_out_of_range(name, axis, wanted, size, low, high))
     if not conditions:
         return
-    if not torch.compiler.is_compiling() and _compiled(conditions)(values):
+    if not torch.compiler.is_compiling() and compiled(conditions)(values):
         return
     for text, condition in conditions:
         if not _holds(condition, values):
@@ -183,8 +123,8 @@ def check_lengths(arguments: Sequence[Any], lengths: Any) -> None:
         value = functools.reduce(operator.getitem, path, arguments[number])
         if len(value) != length:
             raise ValueError(
-                f"the argument {name!r} has {len(value)} items, expected {length} as in the example; {_AGAIN} "
-                "that many."
+                f"the argument {name!r} has {len(value)} items, expected {length} as in the example; "
+                f"{_AGAIN} that many."
             )
 
 
@@ -193,41 +133,6 @@ def _holds(condition: Any, values: Sequence[Any]) -> bool:
         return bool(evaluate(condition, values))
     except ArithmeticError:  # e.g. a division by batch - 2
         return False
-
-
-_COMPILED: dict[int, tuple[Any, Callable[[Sequence[Any]], bool]]] = {}
-
-
-def _compiled(conditions: Any) -> Callable[[Sequence[Any]], bool]:
-    """Return whether all conditions hold as one function, many times as fast as `evaluate`."""
-    if id(conditions) not in _COMPILED:  # kept in the table, so that the id stays its own
-        code = " and ".join(_source(condition) for _, condition in conditions)
-        function = eval(f"lambda values: {code}", dict(SYMPY_INTERP))  # the words of `evaluate`, nothing else
-
-        def holds(values: Sequence[Any]) -> bool:
-            try:
-                return bool(function(values))
-            except ArithmeticError:
-                return False
-
-        _COMPILED[id(conditions)] = conditions, holds
-    return _COMPILED[id(conditions)][1]
-
-
-def _source(expression: Any) -> str:
-    if not isinstance(expression, tuple):
-        return repr(expression)
-    word = expression[0]
-    if word == "size":
-        return f"values[{expression[1]}].shape[{expression[2]}]"
-    if word == "value":
-        return f"values[{expression[1]}]"
-    operands = [_source(operand) for operand in expression[1:]]
-    if word in ("neg", "not"):
-        return f"({'-' if word == 'neg' else 'not '}{operands[0]})"
-    if word in ("and", "or") or word in _OPERATORS:
-        return f"({f' {word} '.join(operands)})"
-    return f"{word}({', '.join(operands)})"
 
 
 def _shape_of(value: Any, name: str, kind: str, expected: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # ships no types
@@ -20,15 +20,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from graphsurgery.capture.checked import (
-    FIXED_KINDS,
-    CheckedCodeGen,
-    Rules,
-    check_inputs,
-    evaluate,
-    function_of,
-    kind_of,
-)
+from graphsurgery.capture.checked import FIXED_KINDS, CheckedCodeGen, Rules, check_inputs, kind_of
+from graphsurgery.capture.expressions import evaluate, places, translate
 from graphsurgery.capture.inputs import Inputs
 
 __all__ = ["TRIED", "InputSizes", "install"]
@@ -37,25 +30,6 @@ TRIED = 16
 """Batch sizes up to this one are asked for in `InputSizes.refused_batches`."""
 
 _UNBOUND = 2  # torch traces for sizes of 2 and more, and lets 0 and 1 pass where nothing else is known
-_WORDS: dict[type, str] = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.Div: "/",
-    ast.FloorDiv: "//",
-    ast.Mod: "%",
-    ast.Pow: "**",
-    ast.USub: "neg",
-    ast.Not: "not",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.And: "and",
-    ast.Or: "or",
-}
 
 
 class InputSizes:
@@ -209,7 +183,7 @@ class InputSizes:
     def _but_at_one(self, expression: Any, exempt: set[sympy.Symbol]) -> Any:
         """Lift a condition on one free size where that is 1 and the graph was tried at 1."""
         symbols: set[sympy.Symbol] = set()
-        for place in _places(expression):
+        for place in places(expression):
             symbols |= self._exprs.get(place, sympy.Integer(0)).free_symbols
         if len(symbols) == 1 and symbols <= exempt:
             return ("or", ("==", self._where[symbols.pop()], 1), expression)
@@ -263,7 +237,7 @@ class InputSizes:
         for guard in dict.fromkeys(self._program._guards_code or ()):
             try:
                 tree = ast.parse(guard, mode="eval").body
-                expression = _translate(tree, lambda node: self._find(node, sources))
+                expression = translate(tree, lambda node: self._find(node, sources))
                 with contextlib.suppress(ArithmeticError):
                     evaluate(expression, self._leaves)
             except (LookupError, SyntaxError, TypeError, AttributeError, RecursionError):
@@ -289,7 +263,7 @@ class InputSizes:
             names[str(symbol)] = root
         try:
             tree = ast.parse(_python(expr), mode="eval").body
-            return _translate(tree, lambda node: names[ast.unparse(node)])
+            return translate(tree, lambda node: names[ast.unparse(node)])
         except (LookupError, AttributeError):  # a function that has no word in code
             return None
 
@@ -362,39 +336,8 @@ def _python(expr: sympy.Expr) -> str:
     return str(PythonPrinter().doprint(expr))
 
 
-def _places(expression: Any) -> set[tuple[Any, ...]]:
-    """Return the sizes and numbers of inputs that an expression reads."""
-    if not isinstance(expression, tuple):
-        return set()
-    if expression[0] in ("size", "value"):
-        return {expression}
-    return set().union(*(_places(operand) for operand in expression[1:]))
-
-
 def _index(node: ast.expr, sources: Mapping[str, int]) -> int:
     return sources[ast.unparse(node)]
-
-
-def _translate(node: ast.expr, leaf: Callable[[ast.expr], Any]) -> Any:
-    """Return a Python expression as one for `evaluate`; `leaf` turns what is neither number nor operation."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.BinOp):
-        return (_WORDS[type(node.op)], _translate(node.left, leaf), _translate(node.right, leaf))
-    if isinstance(node, ast.UnaryOp):
-        return (_WORDS[type(node.op)], _translate(node.operand, leaf))
-    if isinstance(node, ast.BoolOp):
-        return (_WORDS[type(node.op)], *(_translate(value, leaf) for value in node.values))
-    if isinstance(node, ast.Compare):
-        terms = [_translate(term, leaf) for term in (node.left, *node.comparators)]
-        pairs = [(_WORDS[type(op)], a, b) for op, a, b in zip(node.ops, terms, terms[1:], strict=False)]
-        return pairs[0] if len(pairs) == 1 else ("and", *pairs)
-    if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
-        word = ast.unparse(node.func)
-        if word.replace(".", "").isidentifier():
-            function_of(word)
-            return (word, *(_translate(argument, leaf) for argument in node.args))
-    return leaf(node)
 
 
 def install(gm: fx.GraphModule, rules: Rules) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import graphsurgery as gs
 from graphsurgery.capture import capture
-from graphsurgery.capture.checked import _OPERATORS, _compiled, evaluate
+from graphsurgery.capture.expressions import OPERATORS, compiled, evaluate
 from graphsurgery.graph import capture_info, copy_graph_module
 from graphsurgery.restore import restore
 
@@ -376,7 +376,7 @@ def test_jit_trace_has_neither_warning_nor_trace() -> None:
 # -- expressions
 
 
-@pytest.mark.parametrize("word", [*sorted(_OPERATORS.keys() - {"neg", "not"}), "max", "min", "math.fmod"])
+@pytest.mark.parametrize("word", [*sorted(OPERATORS.keys() - {"neg", "not"}), "max", "min", "math.fmod"])
 def test_compiled_conditions_say_the_same_as_evaluated_ones(word: str) -> None:
     values = (torch.empty(6, 4), 3)
     seen = set()
@@ -386,6 +386,6 @@ def test_compiled_conditions_say_the_same_as_evaluated_ones(word: str) -> None:
                 less = ("<", (word, left, right), limit)
                 condition = ("and", ("or", less, ("==", left, 3)), ("not", ("==", right, 6)))
                 expected = evaluate(condition, values)
-                assert _compiled((("", condition),))(values) is expected
+                assert compiled((("", condition),))(values) is expected
                 seen.add(expected)
     assert seen == {True, False}
