@@ -118,6 +118,8 @@ def _readable(text: str) -> str:
 
 def named_sizes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> dict[tuple[int, int], str]:
     """Return the names that the caller gave to sizes (`Dim("height")`), by flat input and axis."""
+    if dynamic_shapes is None:
+        return {}
     numbers: dict[int, int] = {}
     for index, leaf in enumerate(pytree.tree_leaves((inputs.args, inputs.kwargs))):
         numbers.setdefault(id(leaf), index)
@@ -131,7 +133,18 @@ def named_sizes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> dict[t
 
 
 def _arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    return dict(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
+    """Return the arguments by name, as torch does.
+
+    Raises:
+        CaptureError: They are not those of `forward`; a hook in front of it may change them.
+    """
+    try:
+        return dict(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
+    except (TypeError, ValueError) as error:
+        raise CaptureError(
+            f"dynamic_shapes cannot be matched with the arguments of {type(model).__name__}.forward "
+            f"({error}); pass the inputs that forward itself names."
+        ) from error
 
 
 def _parts(arguments: Mapping[str, Any], dynamic_shapes: Any) -> Mapping[str, Any]:

@@ -127,7 +127,7 @@ class InputSizes:
     def refused_batches(self, rules: Rules, inputs: Inputs) -> tuple[int, ...]:
         """Return the batch sizes up to `TRIED` that the rules refuse; none where the batch is not free."""
         batch = next((symbol for symbol, name in self.free.items() if name == "batch"), None)
-        if batch is None:
+        if batch is None or not (rules.sizes or rules.conditions):
             return ()
         meta = inputs.map_tensors(lambda tensor: tensor.to("meta"))
         return tuple(size for size in range(1, TRIED + 1) if not self._accepts(rules, meta, batch, size))

@@ -82,3 +82,12 @@ def test_takes_the_forms_that_torch_takes(shapes: Any) -> None:
     torch.testing.assert_close(gm(other, other), model(other, other))
     with pytest.raises(ValueError, match="size 3 on axis 0, expected at least 4"):
         gm(other[:3], other[:3])
+
+
+def test_a_hook_that_adds_an_argument_leaves_no_names_to_go_by() -> None:
+    model = Sum().double()
+    model.register_forward_pre_hook(lambda module, args: (args[0], args[0] * 2))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(capture(model, x)(x[:4]), model(x[:4]))
+    with pytest.raises(CaptureError, match=r"cannot be matched with the arguments of Sum.forward \(missing"):
+        capture(model, x, dynamic_shapes=(FREE,))
