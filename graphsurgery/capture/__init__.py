@@ -41,8 +41,8 @@ def capture(
         dynamic_shapes: As for `torch.export.export`, for full control of which sizes are free.
 
     Returns:
-        A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`. It, and what is
-        made of it, raises a `ValueError` on inputs of other sizes than those it was captured for.
+        A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`. It, and
+        what is made of it, raises a `ValueError` on inputs of other sizes than those it was captured for.
 
     Raises:
         CaptureError: The inputs do not fit the model, or the model cannot be captured; the message quotes the

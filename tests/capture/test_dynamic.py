@@ -88,6 +88,5 @@ def test_a_hook_that_adds_an_argument_leaves_no_names_to_go_by() -> None:
     model = Sum().double()
     model.register_forward_pre_hook(lambda module, args: (args[0], args[0] * 2))
     x = torch.randn(5, 6, dtype=torch.float64)
-    torch.testing.assert_close(capture(model, x)(x[:4]), model(x[:4]))
     with pytest.raises(CaptureError, match=r"cannot be matched with the arguments of Sum.forward \(missing"):
         capture(model, x, dynamic_shapes=(FREE,))
