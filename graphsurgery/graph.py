@@ -56,6 +56,8 @@ class CaptureInfo:
         model_name: Class name of the captured model.
         args: Positional example inputs as given, detached.
         kwargs: Keyword example inputs as given, detached.
+        refused_batches: Of the batch sizes 1 to 16 those that the graph does not hold for, where the batch is
+            free.
     """
 
     input_names: tuple[str, ...]
@@ -65,6 +67,7 @@ class CaptureInfo:
     model_name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    refused_batches: tuple[int, ...] = ()
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:
