@@ -150,9 +150,9 @@ def _conv(node: fx.Node, operand: Callable[[fx.Node], Any]) -> torch.Tensor:
     shape = op(*meta, None, *options).shape
     rank = x.dim() - 2
     defaults: tuple[Any, ...] = ((1,), (0,), (1,), 1)
-    *sizes, groups = [*options, *defaults[len(options) :]]
-    spread = [list(size) * rank if len(size) == 1 else list(size) for size in sizes]
-    rest = (*spread, False, [0] * rank, groups, [True, False, False])
+    full: list[Any] = [*options, *defaults[len(options) :]]
+    sizes = [list(size) * rank if len(size) == 1 else list(size) for size in full[:3]]
+    rest = (*sizes, False, [0] * rank, full[3], [True, False, False])
 
     def adjoint(grad: torch.Tensor) -> torch.Tensor:
         unread = x.new_empty(x.shape)  # only its shape counts
