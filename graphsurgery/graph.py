@@ -246,7 +246,7 @@ def _share_table(source: nn.Module, memo: dict[int, nn.Module], into: nn.Module 
     memo[id(source)] = twin
     if not plain:
         twin.__dict__.update(source.__dict__)
-        twin._modules = {}
+    twin._modules = {}
     twin._parameters = dict(source._parameters)
     twin._buffers = dict(source._buffers)
     twin._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
