@@ -148,12 +148,24 @@ def cost_model(wanted: str | CostModel) -> CostModel:
         PassError: there is none of that name, or what was given is no cost model.
     """
     if not isinstance(wanted, str):
-        if not isinstance(wanted, CostModel):
+        if isinstance(wanted, type) or not isinstance(wanted, CostModel):
             raise PassError(f"cost is the name of a cost model or a CostModel, got {wanted!r}")
+        _try_score(wanted)
         return wanted
     if wanted != FLOPS.name:
         raise PassError(f"there is no cost model named {wanted!r}; expected {FLOPS.name!r} or a CostModel")
     return FLOPS
+
+
+def _try_score(model: CostModel) -> None:
+    """Call a model once, so that a fault of it is named before a pass fails on it."""
+    try:
+        score = model.score(Cost())
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise PassError(f"the cost model {model!r} fails on a Cost of nothing: {found}") from error
+    if not (isinstance(score, tuple) and score and all(isinstance(figure, (int, float)) for figure in score)):
+        raise PassError(f"score() of the cost model {model!r} gives a tuple of numbers, got {score!r}")
 
 
 def op_name(node: fx.Node) -> str:

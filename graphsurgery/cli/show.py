@@ -58,16 +58,11 @@ def verdict(result: gs.Verdict) -> list[RenderableType]:
 
 def passes(described: list[dict[str, Any]]) -> Table:
     """The passes, in the order they run."""
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("pass", "does", "runs", "values", "options"):
-        # A name that is cut off cannot be typed again; what a pass does may take several lines.
-        table.add_column(heading, no_wrap=heading != "does")
+    table = Table(show_edge=False, pad_edge=False, show_lines=True)
+    table.add_column("pass", no_wrap=True)  # a name that is cut off cannot be typed again
+    table.add_column("does")
     for item in described:
-        table.add_row(
-            item["name"],
-            item["summary"],
-            "by default" if item["default"] else "when named",
-            item["preserves"]["values"],
-            "\n".join(item["options"]) or "-",
-        )
+        runs = "runs by default" if item["default"] else "runs when named"
+        facts = [runs, f"values {item['preserves']['values']}", *item["options"]]
+        table.add_row(item["name"], Text(f"{item['summary']}\n").append("; ".join(facts), style="dim"))
     return table

@@ -158,9 +158,26 @@ def test_it_is_a_default_pass_under_a_cost_model_that_may_find_it_cheaper() -> N
         assert ops(result.graph_module).count("linear") == linears, options
 
 
+@dataclass(frozen=True)
+class Broken:
+    """Scores by any function."""
+
+    by: Callable[[Cost], Any]
+    name: str = "broken"
+
+    def score(self, cost: Cost) -> Any:
+        return self.by(cost)
+
+
 def test_no_cost_model() -> None:
     with pytest.raises(PassError, match="there is no cost model named 'time'"):
         MergeSiblings(cost="time")
+    with pytest.raises(PassError, match=r"the name of a cost model or a CostModel, got <class .*Fewest"):
+        MergeSiblings(cost=Fewest)
+    with pytest.raises(PassError, match=r"gives a tuple of numbers, got 0"):
+        MergeSiblings(cost=Broken(lambda cost: cost.nodes))
+    with pytest.raises(PassError, match=r"fails on a Cost of nothing: ZeroDivisionError"):
+        MergeSiblings(cost=Broken(lambda cost: (cost.macs / cost.nodes,)))
     with pytest.raises(PassError, match="the name of a cost model or a CostModel, got 3"):
         gs.optimize(seeded(Block), TOKENS, cost=3)
 
