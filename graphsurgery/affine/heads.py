@@ -132,7 +132,8 @@ def _last(scope: Scope, heavy: Sequence[fx.Node]) -> Head:
         beside = f", by {', '.join(map(repr, others))}" if others else ""
         raise NoHead(
             "bypassed",
-            f"input {ways[0].name!r} reaches the output around {head.path!r} too{beside}; name the head",
+            f"input {str(ways[0].target)!r} reaches the output around {head.path!r} too{beside}; "
+            "name the head",
             (head.node,),
         )
     return head
