@@ -171,6 +171,28 @@ def linear(bias: bool) -> Flat:
     return Flat(nn.Linear(12, 3, bias=bias)).double()
 
 
+@pytest.mark.parametrize(
+    ("head", "shape", "axis"),
+    [
+        (lambda: nn.Linear(12, 3), (2, 5, 12), 2),
+        (lambda: nn.Linear(12, 3, bias=False), (2, 4, 5, 12), 3),
+        (lambda: nn.Conv1d(12, 3, 1), (2, 12, 5), 1),
+        (lambda: nn.Conv3d(12, 3, 1), (2, 12, 2, 3, 4), 1),
+        (lambda: nn.Conv2d(12, 3, 1), (12, 4, 5), 0),
+    ],
+    ids=["tokens", "grid", "conv1d", "conv3d", "no-batch"],
+)
+def test_the_axis_of_the_features(head: Any, shape: tuple[int, ...], axis: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Flat(head()).eval()
+    x = torch.randn(shape)
+    split = gs.split_head(model, x)
+    assert split.subspace.feature_axis == axis
+    found = check(split, model, x, tmp_path / "split.onnx")
+    assert [found[part].shape[axis] for part in PARTS] == [3, split.subspace.width - 3]
+    assert torch.equal(found["logits"], model(x))
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_energy_is_that_of_all_data_at_once(bias: bool) -> None:
     x = torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 100

@@ -80,9 +80,9 @@ def decompose(weight: torch.Tensor, bias: torch.Tensor | None, *, rtol: float | 
     It asks the stored weights as they are: a product of thin matrices that was rounded to float32 has full
     rank, and its small singular values reach the outputs.
 
-    A plain QR would not do: where columns of `M` depend on each other (classes that are tied, more classes
-    than features), the first `rank` columns of its `Q` need not span them. So the basis comes from the left
-    singular vectors `U`, and the QR of `U[:, :rank]^T M` turns it until `R` is trapezoidal.
+    The plain QR by Householder reflections is taken where it will do. Where columns of `M` depend on each
+    other (classes that are tied), the first `rank` columns of its `Q` need not span them: then `Q` is turned
+    by the left singular vectors of its triangle, and by a QR again until `R` is trapezoidal.
 
     Args:
         weight: (outputs, features), float.
@@ -102,16 +102,22 @@ def decompose(weight: torch.Tensor, bias: torch.Tensor | None, *, rtol: float | 
     matrix = torch.cat(columns, 1).detach().to(torch.float64).T
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the weights hold NaN or infinity, expected finite numbers")
-    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    turn, upper = torch.linalg.qr(matrix, mode="complete")
+    upper = upper[: min(matrix.shape)]
+    # The triangle has the singular values of the matrix, and is smaller; a wide one has a triangle too.
+    small = upper if upper.shape[1] == len(upper) else torch.linalg.qr(upper.T, mode="r").R.T
+    left, values, _ = torch.linalg.svd(small)
     largest = float(values.max()) if values.numel() else 0.0
     tolerance = (max(matrix.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol) * largest
     rank = int((values > tolerance).sum())
-    turn, upper = torch.linalg.qr(left[:, :rank].T @ matrix)
+    if rank < len(upper):
+        again, inner = torch.linalg.qr((left.T @ upper)[:rank])
+        inside = turn[:, : len(upper)] @ left
+        turn = torch.cat([inside[:, :rank] @ again, inside[:, rank:], turn[:, len(upper) :]], 1)
+        upper = inner
     sign = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(matrix)
-    basis = left[:, :rank] @ turn * sign
-    rest = torch.linalg.qr(basis, mode="complete").Q[:, rank:]
-    whole = torch.cat([basis, rest], 1)
-    return Subspace(whole, upper * sign.unsqueeze(1), values, tolerance, bias is not None)
+    turn = torch.cat([turn[:, :rank] * sign, turn[:, rank:]], 1)
+    return Subspace(turn, upper * sign.unsqueeze(1), values, tolerance, bias is not None)
 
 
 def off_orthonormal(matrix: torch.Tensor) -> float:

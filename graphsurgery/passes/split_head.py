@@ -46,9 +46,12 @@ from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Pr
 from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import tensor_meta
 
-__all__ = ["CLASS_FEATURES", "LOGITS", "RESIDUAL_FEATURES", "SplitHead"]
+__all__ = ["CLASS_FEATURES", "LOGITS", "RESIDUAL_FEATURES", "SUBSPACE_KEY", "SplitHead"]
 
 LOGITS, CLASS_FEATURES, RESIDUAL_FEATURES = "logits", "class_features", "residual_features"
+
+SUBSPACE_KEY = "head_subspace"
+"""Key of the `Subspace`, in float64, in `gm.meta` of a graph that was split."""
 
 aten = torch.ops.aten
 
@@ -87,10 +90,12 @@ class SplitHead(Pass):
             if taken:
                 raise NoHead("outputs-taken", f"the model has an output {taken[0]!r} already")
             head = find_head(scope, self.head)
-            change = self._split(scope, head, head.subspace(scope), names)
+            subspace = head.subspace(scope)
+            change = self._split(scope, head, subspace, names)
         except NoHead as no:
             refs = tuple(NodeRef.of(node) for node in no.nodes)
             return PassResult(gm, (), (Refusal(self.name, no.code, refs, no.reason),))
+        work.meta[SUBSPACE_KEY] = subspace
         delete_unused_attrs(work)
         work.graph.lint()
         work.recompile()
@@ -98,10 +103,10 @@ class SplitHead(Pass):
 
     def _split(self, scope: Scope, head: Head, subspace: Subspace, names: tuple[str, ...]) -> Change:
         parts = _parts(head, subspace)
-        residual = _residual(scope, head, parts)
+        off, residual = _residual(scope, head, parts)
         refs, before = (NodeRef.of(head.node),), _cost(scope, [head.node])
         path, dtype = head.path, tensor_meta(head.features).dtype
-        detail = _describe(subspace, parts, dtype, self.keep_head)
+        detail = _describe(subspace, off, dtype, self.keep_head)
         written: list[str] = []
         made: dict[str, fx.Node] = {}
         with scope.gm.graph.inserting_before(head.node):
@@ -189,17 +194,14 @@ def _cost(scope: Scope, nodes: list[fx.Node]) -> Cost:
     return sum((node_cost(node, scope.sizes) for node in nodes), Cost(params=sum(tensors.values())))
 
 
-def _describe(
-    subspace: Subspace, parts: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype, kept: bool
-) -> str:
+def _describe(subspace: Subspace, off: float, dtype: torch.dtype, kept: bool) -> str:
     rank, width = subspace.rank, subspace.width
-    stored = off_orthonormal(subspace.Q.to(dtype))
     logits = "the head itself, bit for bit" if kept else "the class-specific features, up to rounding"
-    empty = "" if RESIDUAL_FEATURES in parts else "; all dimensions reach the logits, nothing is residual"
+    empty = "" if rank < width else "; all dimensions reach the logits, nothing is residual"
     return (
         f"rank {rank} of {width} x {subspace.outputs}: {rank} class-specific and {width - rank} residual "
-        f"features{empty}; Q is orthonormal to {off_orthonormal(subspace.Q):.0e} in float64, "
-        f"{stored:.0e} as stored; logits from {logits}"
+        f"features{empty}; Q is orthonormal to {off:.0e} in float64, rounded to {str(dtype)[6:]} "
+        f"(unit {torch.finfo(dtype).eps:.0e}); logits from {logits}"
     )
 
 
@@ -248,12 +250,17 @@ def _add_outputs(
 # -- the certificate
 
 
-def _residual(scope: Scope, head: Head, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> float:
+def _residual(
+    scope: Scope, head: Head, parts: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[float, float]:
     """The certificate: the very layers in float64, on random features at the real size.
 
     Three things must hold. The rows of both parts are orthonormal; the parts, turned back, are the features
     and the constant; the logits from the class-specific part are the head's. Then the norms add up, and
     nothing residual reaches the logits.
+
+    Returns:
+        How far the rows are from orthonormal, and how far the values deviate.
 
     Raises:
         NoHead: `certificate`.
@@ -289,7 +296,7 @@ def _residual(scope: Scope, head: Head, parts: Mapping[str, Mapping[str, torch.T
             f"deviate by {worst:.1e} (at most {LIMIT:.0e}) in float64; please report this",
             (head.node,),
         )
-    return worst
+    return off, worst
 
 
 def _rows(slots: Mapping[str, torch.Tensor]) -> torch.Tensor:

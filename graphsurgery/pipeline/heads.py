@@ -22,7 +22,7 @@ from graphsurgery.capture.inputs import normalize
 from graphsurgery.errors import PassError
 from graphsurgery.export import ExportResult
 from graphsurgery.graph import capture_info, copy_graph_module, delete_unused_attrs
-from graphsurgery.passes.split_head import CLASS_FEATURES, LOGITS, RESIDUAL_FEATURES, SplitHead
+from graphsurgery.passes.split_head import CLASS_FEATURES, LOGITS, RESIDUAL_FEATURES, SUBSPACE_KEY, SplitHead
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.pipeline.result import OptimizeResult
 from graphsurgery.report import Report
@@ -220,8 +220,9 @@ def split_head(
         raise PassError(
             f"cannot split the head of {capture_info(gm).model_name}: {'; '.join(reasons) or already}"
         )
-    subspace = _subspace(gm, head, None)
-    split, module = made.graph_module, restore(made.graph_module)
+    split = made.graph_module
+    subspace = _subspace(gm, head, split.meta.pop(SUBSPACE_KEY))  # a copy of the module need not copy it
+    module = restore(split)
     proof = Proof(_WithFeatures(Proof(model, gm).reference, gm, split, subspace), split)
     verdict = proof.baseline.compare(module).raise_if_failed()
     report = replace(build_report(gm, (item,), made, {}), verify_mode="final", verification=verdict)
@@ -261,11 +262,12 @@ def head_subspace(
         ) from no
 
 
-def _subspace(gm: fx.GraphModule, path: str | None, rtol: float | None) -> HeadSubspace:
+def _subspace(gm: fx.GraphModule, path: str | None, known: Subspace | float | None) -> HeadSubspace:
+    """The subspace of a head, where it is not `known`, with that relative tolerance; and the way to it."""
     work = copy_graph_module(gm)
     scope = Scope(work)
     head = find_head(scope, path)
-    found = head.subspace(scope, rtol)
+    found = known if isinstance(known, Subspace) else head.subspace(scope, known)
     return HeadSubspace(
         **vars(found), head=head.path, feature_axis=head.axis, feature_module=_cut(work, head)
     )

@@ -282,6 +282,8 @@ def test_runs_in_managers() -> None:
         result = gs.PassManager([SplitHead()], strict=True)(gm, inputs)
         assert len(result.changes) == 1
         assert not result.refusals
+    subspace = result.graph_module.meta[split_head.SUBSPACE_KEY]
+    assert (subspace.rank, subspace.width) == (5, 13)
     made = TorchPassManager([SplitHead()])(gm)
     assert "class_features" in made.graph_module(images(2))
 
