@@ -56,6 +56,8 @@ class CaptureInfo:
         model_name: Class name of the captured model.
         args: Positional example inputs as given, detached.
         kwargs: Keyword example inputs as given, detached.
+        refused_batches: Of the batch sizes 1 to 16 those that the graph does not hold for, where the batch is
+            free.
     """
 
     input_names: tuple[str, ...]
@@ -65,6 +67,7 @@ class CaptureInfo:
     model_name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    refused_batches: tuple[int, ...] = ()
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:
@@ -243,7 +246,7 @@ def _share_table(source: nn.Module, memo: dict[int, nn.Module], into: nn.Module 
     memo[id(source)] = twin
     if not plain:
         twin.__dict__.update(source.__dict__)
-        twin._modules = {}
+    twin._modules = {}
     twin._parameters = dict(source._parameters)
     twin._buffers = dict(source._buffers)
     twin._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
@@ -262,8 +265,6 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     Setting, adding and deleting attributes or nodes of the copy leaves `gm` as it is; writing into a tensor
     does not.
     """
-    twin = fx.GraphModule(nn.Module(), fx.Graph(), class_name=gm.__class__.__name__)
-    _share_table(gm, {}, into=twin)
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     values: dict[fx.Node, Any] = {}
     output = graph.graph_copy(gm.graph, values, return_output_node=True)
@@ -273,7 +274,8 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(old, fx.Node):
             node.meta = dict(old.meta)
     graph._codegen = gm.graph._codegen
-    twin.graph = graph
+    twin = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
+    _share_table(gm, {}, into=twin)
     twin.meta = dict(gm.meta)
     return twin
 

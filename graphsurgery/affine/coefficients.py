@@ -33,8 +33,8 @@ from graphsurgery.affine.runner import linear_part, runner
 from graphsurgery.cost import op_name
 from graphsurgery.values import is_tensor
 
-DEFAULT_BUDGET = 32 * 1024 * 1024
-"""Bytes that the values of one chunk of probes may take: no faster with more."""
+DEFAULT_BUDGET = 256 * 1024 * 1024
+"""Bytes that the values of one chunk of probes may take."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ class _Probe:
         self.windows = [_facing(roles.atoms[label], transposed) for label in roles.windowed]
         self.order_out = (*roles.shared, *roles.varied, *roles.fresh, *roles.windowed)
         self.order_in = (*roles.shared, *roles.varied, *roles.gone, *roles.windowed)
+        self._forward: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def linear_part(self, budget: int) -> tuple[torch.Tensor, str]:
         """`K[v, f, g, *taps]` and the method that found it."""
@@ -226,22 +227,29 @@ class _Probe:
         """Rows of the kernel, `[v, rows, g, *positions]`, from each place that has to be looked at."""
         roles, n = self.roles, stop - start
         entry_sizes, exit_sizes = self._probe_sizes()
-        scope, entry, nodes = self.region.scope, self.region.entry, self.region.nodes
-        x = torch.zeros(
-            [prod(self._sizes(entry_sizes, batch, dim)) for dim in roles.entry], dtype=torch.float64
-        )
-        x.requires_grad_()
         last = self._last_weight
-        y = runner(scope, entry, nodes if last is None else nodes[:-1], batch)(x)
+        if batch not in self._forward:  # once for all chunks of one size
+            self._forward = {batch: self._traced(entry_sizes, batch, last)}
+        x, y = self._forward[batch]
         for at, taps in self._looks(entry_sizes, exit_sizes):
             if last is None:
                 hot = (roles.fresh, start, n, batch, at)
                 seeds = self._one_hots(roles.exit, exit_sizes, self.order_out, *hot)
             else:  # what the adjoint of the last Linear makes of one-hots
-                seeds = scope.constant_value(last)[start:stop].reshape(y.shape)
+                seeds = self.region.scope.constant_value(last)[start:stop].reshape(y.shape)
             (grad,) = torch.autograd.grad(y, x, seeds, retain_graph=True)
             found = self._canonical(grad, roles.entry, entry_sizes, self.order_in, roles.gone, batch)
             yield found[:n].transpose(0, 1), at, taps
+
+    def _traced(
+        self, entry_sizes: dict[int, int], batch: int, last: fx.Node | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """An entry without values, and what the region makes of it up to the last Linear, to go back from."""
+        region = self.region
+        shape = [prod(self._sizes(entry_sizes, batch, dim)) for dim in self.roles.entry]
+        x = torch.zeros((), dtype=torch.float64).expand(shape).requires_grad_()
+        nodes = region.nodes if last is None else region.nodes[:-1]
+        return x, runner(region.scope, region.entry, nodes, batch)(x)
 
     @property
     def _last_weight(self) -> fx.Node | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.grad
 from torch import fx
 
 from graphsurgery.cost import op_name
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
     from graphsurgery.affine.region import Scope
 
 _CASTS = frozenset({"_to_copy", "to"})
-_CONV_ADJOINTS = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input, torch.nn.grad.conv3d_input)
+
+aten = torch.ops.aten
 
 
 def runner(
@@ -146,10 +146,20 @@ def _conv(node: fx.Node, operand: Callable[[fx.Node], Any]) -> torch.Tensor:
     if x.dim() != weight.dim() or weight.requires_grad or named:
         result: torch.Tensor = call(node, operand)
         return result
-    empty = (torch.empty(value.shape, device="meta", dtype=value.dtype) for value in (x, weight))
-    shape = op(*empty, None, *options).shape
-    back = _CONV_ADJOINTS[x.dim() - 3]
-    return _without_value(x, shape, lambda grad: back(x.shape, weight, grad, *options))  # type: ignore[no-untyped-call]
+    meta = (torch.empty(value.shape, device="meta", dtype=value.dtype) for value in (x, weight))
+    shape = op(*meta, None, *options).shape
+    rank = x.dim() - 2
+    defaults: tuple[Any, ...] = ((1,), (0,), (1,), 1)
+    full: list[Any] = [*options, *defaults[len(options) :]]
+    sizes = [list(size) * rank if len(size) == 1 else list(size) for size in full[:3]]
+    rest = (*sizes, False, [0] * rank, full[3], [True, False, False])
+
+    def adjoint(grad: torch.Tensor) -> torch.Tensor:
+        unread = x.new_empty(x.shape)  # only its shape counts
+        value: torch.Tensor = aten.convolution_backward(grad, unread, weight, None, *rest)[0]
+        return value
+
+    return _without_value(x, shape, adjoint)
 
 
 _DERIVED = {

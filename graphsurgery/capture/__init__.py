@@ -12,10 +12,11 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphsurgery.capture.dialect import canonicalize, refuse_foreign
-from graphsurgery.capture.fixed import fix_constants
+from graphsurgery.capture.dynamic import named_sizes
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
 from graphsurgery.capture.inputs import Inputs, difference, normalize, refuse_nan
 from graphsurgery.capture.program import export_model, export_static, free_carriers, quiet, run_model
+from graphsurgery.capture.rules import InputSizes, install
 from graphsurgery.capture.state import check_supported, evaluated, unwrap
 from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
 from graphsurgery.errors import CaptureError
@@ -40,7 +41,8 @@ def capture(
         dynamic_shapes: As for `torch.export.export`, for full control of which sizes are free.
 
     Returns:
-        A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`.
+        A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`. It, and
+        what is made of it, raises a `ValueError` on inputs of other sizes than those it was captured for.
 
     Raises:
         CaptureError: The inputs do not fit the model, or the model cannot be captured; the message quotes the
@@ -83,11 +85,13 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
         gm, more = _to_dialect(exported.program, name)
         found = _differs(gm, inputs, expected)
     _require_same(name, inputs, found)
-    notes += exported.notes + more
-    if exported.dynamic and (inputs.batch() or 1) > 1:
-        with evaluated(model):
-            notes += _check_single(gm, model, inputs)
-    return _record(gm, name, inputs, dynamic=exported.dynamic, notes=notes)
+    names = input_names(gm)
+    given = named_sizes(model, inputs, dynamic_shapes)
+    sizes = InputSizes(exported.program, gm, names, inputs, batched=exported.dynamic, given=given)
+    with evaluated(model):
+        ones, found_at_one = _check_ones(gm, model, inputs, sizes)
+    notes += exported.notes + more + found_at_one
+    return _record(gm, name, inputs, sizes, ones, dynamic=exported.dynamic, notes=notes)
 
 
 def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
@@ -113,7 +117,9 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     gm, notes = _to_dialect(program, name)
     expected = run_model(reference, inputs)
     _require_same(name, inputs, _differs(gm, inputs, expected))
-    return _record(gm, name, inputs, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=notes)
+    dynamic = bool(free_carriers(program, inputs.carriers()[:1]))
+    sizes = InputSizes(program, gm, input_names(gm), inputs, batched=dynamic, given={})
+    return _record(gm, name, inputs, sizes, {}, dynamic=dynamic, notes=notes)
 
 
 def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -162,29 +168,49 @@ def _require_same(name: str, inputs: Inputs, found: str | None) -> None:
         )
 
 
-def _check_single(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    """Compare at a batch of one, which export takes for a special case."""
-    single = inputs.with_batch(1, inputs.carriers())
-    try:
-        expected = run_model(model, single)
-    except CaptureError:
-        return ()  # the model itself needs more than one sample
-    found = _differs(gm, single, expected)
-    return () if found is None else (f"the captured graph holds for batches of 2 or more, not of 1: {found}",)
+def _check_ones(
+    gm: fx.GraphModule, model: nn.Module, inputs: Inputs, sizes: InputSizes
+) -> tuple[dict[Any, bool], tuple[str, ...]]:
+    """Compare where a free size is 1, which export takes for a special case: for each, whether they agree."""
+    holds: dict[Any, bool] = {}
+    notes = []
+    for symbol, name in sizes.free.items():
+        holds[symbol] = sizes.example_size(symbol) == 1
+        single = None if holds[symbol] else sizes.resized(inputs, symbol, 1)
+        if single is None:
+            continue
+        try:
+            expected = run_model(model, single)
+        except CaptureError:
+            continue  # the model itself needs more than one
+        found = _differs(gm, single, expected)
+        holds[symbol] = found is None
+        if found is not None:
+            what = "batches" if name == "batch" else f"sizes {name!r}"
+            notes.append(f"the captured graph holds for {what} of 2 or more, not of 1: {found}")
+    return holds, tuple(notes)
 
 
 def _record(
-    gm: fx.GraphModule, name: str, inputs: Inputs, *, dynamic: bool, notes: tuple[str, ...]
+    gm: fx.GraphModule,
+    name: str,
+    inputs: Inputs,
+    sizes: InputSizes,
+    ones: dict[Any, bool],
+    *,
+    dynamic: bool,
+    notes: tuple[str, ...],
 ) -> fx.GraphModule:
-    names = input_names(gm)
-    notes += fix_constants(gm, names)
+    rules, unchecked = sizes.rules(ones)
+    notes += install(gm, rules) + unchecked
     gm.meta[INFO_KEY] = CaptureInfo(
-        input_names=names,
+        input_names=input_names(gm),
         output_names=output_names(gm),
         dynamic_batch=dynamic,
         notes=notes,
         model_name=name,
         args=inputs.args,
         kwargs=inputs.kwargs,
+        refused_batches=sizes.refused_batches(rules, inputs),
     )
     return gm

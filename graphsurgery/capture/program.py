@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
+from graphsurgery.capture.dynamic import check_dynamic_shapes, explain
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
@@ -111,6 +112,9 @@ def _export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedPr
 
 def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
     kind = type(error).__name__
+    found = explain(error)
+    if found is not None:
+        return CaptureError(f"{type(model).__name__} cannot be captured with these dynamic_shapes: {found}.")
     if "DataDependent" in kind or "data-dependent" in str(error):
         why = "its control flow depends on the values of a tensor"
         advice = "write the choice as torch.where, or capture the submodules on either side of it"
@@ -151,6 +155,7 @@ def export_model(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Expor
         CaptureError: torch.export cannot trace the model.
     """
     if dynamic_shapes is not None:
+        check_dynamic_shapes(model, inputs, dynamic_shapes)
         program = _export_or_refuse(model, inputs, dynamic_shapes)
         return Exported(program, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=())
     carriers = inputs.carriers()

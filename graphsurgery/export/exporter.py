@@ -325,7 +325,12 @@ def _write(model: onnx_ir.Model, file: Path, data: str | None) -> None:
 
 def _baseline(reference: nn.Module, info: ExportInfo) -> Baseline:
     example = Inputs(tuple(info.args), dict(info.kwargs))
-    return Baseline(reference, example, dynamic_batch=info.dynamic_batch)
+    return Baseline(
+        reference,
+        example,
+        dynamic_batch=info.dynamic_batch,
+        refused_batches=getattr(info, "refused_batches", ()),
+    )
 
 
 def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict, ...]:

@@ -68,7 +68,12 @@ class Proof:
     @cached_property
     def baseline(self) -> Baseline:
         """The runs of the original model that everything is compared with."""
-        return Baseline(self.reference, self.example, dynamic_batch=self.info.dynamic_batch)
+        return Baseline(
+            self.reference,
+            self.example,
+            dynamic_batch=self.info.dynamic_batch,
+            refused_batches=self.info.refused_batches,
+        )
 
     def check_captured(self) -> None:
         """Make sure that the untouched graph agrees, in torch and exported, so that no pass is blamed for it.

@@ -128,6 +128,9 @@ def _signature(before: fx.GraphModule, after: fx.GraphModule) -> Finding | None:
     infos = [getattr(gm.graph._codegen, "pytree_info", None) for gm in (before, after)]
     if infos[0] != infos[1]:
         return "signature", "changed how the graph takes its arguments (graph._codegen)"
+    rules = [getattr(gm.graph._codegen, "rules", None) for gm in (before, after)]
+    if repr(rules[0]) != repr(rules[1]):  # as text, since NaN is fixed at NaN
+        return "signature", "changed what the graph checks its arguments for (graph._codegen.rules)"
     return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ class Baseline:
             run.
         samples: Number of cases; None chooses 3 to 8 by the cost of one.
         seed: Seed of the battery.
+        refused_batches: Of the batch sizes 1 to 16 those not to run, as the candidates do not take them.
 
     Attributes:
         outputs: The reference's outputs in order.
@@ -92,6 +94,7 @@ class Baseline:
         dynamic_batch: bool = False,
         samples: int | None = None,
         seed: int = 0,
+        refused_batches: Collection[int] = (),
     ) -> None:
         self.runner = runner_for(reference)
         self.seed = seed
@@ -102,16 +105,17 @@ class Baseline:
                 "integer and boolean inputs keep to the range of the example's; others were not tried"
             )
         # The first run of a battery is the same whatever its size.
-        first = battery(example, dynamic_batch=dynamic_batch, samples=1, seed=seed)[0]
+        runs = functools.partial(
+            battery, example, dynamic_batch=dynamic_batch, seed=seed, refused=refused_batches
+        )
+        first = runs(samples=1)[0]
         flops, answer = self._run_first(first)
         self.structure = self.runner.structure if isinstance(self.runner, TorchRunner) else None
         if samples is None:
             samples = samples_for(flops)
         self.full = samples >= len(CASES)
         self.draws = max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
-        self.batches, native = self._run_native(
-            battery(example, dynamic_batch=dynamic_batch, samples=samples, seed=seed), answer
-        )
+        self.batches, native = self._run_native(runs(samples=samples), answer)
         self.double = isinstance(self.runner, TorchRunner) and self.runner.is_double(example)
         exact = self._run_exact(native)
         self.outputs = self._outputs(native, exact)

@@ -23,7 +23,7 @@ run; integers without one stay as they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,12 @@ def samples_for(flops: float) -> int:
 
 
 def battery(
-    example: Inputs, *, dynamic_batch: bool, samples: int = len(CASES), seed: int = 0
+    example: Inputs,
+    *,
+    dynamic_batch: bool,
+    samples: int = len(CASES),
+    seed: int = 0,
+    refused: Collection[int] = (),
 ) -> tuple[Batch, ...]:
     """Return the runs of a battery.
 
@@ -140,22 +145,43 @@ def battery(
             dimension.
         samples: Number of cases, at least 1; the first ones of `CASES`.
         seed: Seed of the generator; the global one is not touched.
+        refused: Of the batch sizes 1 to 16 those not to run. If 1 is among them, each case is one run with
+            the example's shapes, but for the third, which has another batch size where there is one.
     """
     cases = CASES[: max(1, samples)]
     generator = torch.Generator().manual_seed(seed)
     size = batch_size(example) if dynamic_batch else None
-    if size is None:
+    if size is None or 1 in refused:
         made = [_whole(example, case, generator) for case in cases]
+        if size is not None and len(made) > 2:
+            made[2] = _whole(_other_batch(example, size, refused), cases[2], generator)
         return tuple(Batch(inputs, (case,), False) for case, inputs in zip(cases, made, strict=True))
     rows = [_row(example, case, size, generator) for case in cases]
     batched = _batched(example, size)
-    return tuple(Batch(_stack(rows[a:b], batched), cases[a:b], True) for a, b in _splits(len(rows)))
+    return tuple(Batch(_stack(rows[a:b], batched), cases[a:b], True) for a, b in _splits(len(rows), refused))
 
 
-def _splits(rows: int) -> list[tuple[int, int]]:
+def _splits(rows: int, refused: Collection[int] = ()) -> list[tuple[int, int]]:
     """Return the bounds of runs of different batch sizes, one of them 1: 8 cases are runs of 1, 2 and 5."""
-    ends = [0, 1, 3, rows] if rows >= 6 else [0, 1, rows]
-    return [(a, b) for a, b in itertools.pairwise(ends) if a < b]
+    ends = [[0, 1, middle, rows] for middle in (3, *range(4, rows)) if rows >= 6] + [[0, 1, rows]]
+    for choice in [*ends, list(range(rows + 1))]:
+        found = [(a, b) for a, b in itertools.pairwise(choice) if a < b]
+        if not any(b - a in refused for a, b in found):
+            return found
+    return []
+
+
+def _other_batch(example: Inputs, size: int, refused: Collection[int]) -> Inputs:
+    """Return the example at another batch size from 2 to 16, if there is one that is not refused."""
+    others = [other for other in range(2, 17) if other != size and other not in refused]
+    if not others:
+        return example
+    batched = _batched(example, size)
+    leaves = [
+        leaf[torch.arange(others[0], device=leaf.device) % size] if free else leaf
+        for leaf, free in zip(example.leaves(), batched, strict=True)
+    ]
+    return example.replace(leaves)
 
 
 def batch_size(inputs: Inputs) -> int | None:

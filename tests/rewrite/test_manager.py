@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.infra.pass_manager import PassManager as TorchPassManager
 
 from graphsurgery.capture import capture
@@ -150,6 +151,10 @@ def lose_codegen(gm: fx.GraphModule) -> None:
     gm.graph.set_codegen(fx.graph.CodeGen())
 
 
+def lose_checks(gm: fx.GraphModule) -> None:
+    gm.graph.set_codegen(_PyTreeCodeGen(gm.graph._codegen.pytree_info))  # type: ignore[attr-defined]
+
+
 def transpose_output(gm: fx.GraphModule) -> None:
     tanh = find(gm, aten.tanh.default)
     new = insert_after(tanh, aten.unsqueeze.default, 0)
@@ -173,6 +178,7 @@ LIES = {
     "signature-added": (second_input, True, "inputs"),
     "signature-output": (drop_output, True, "structure of the output"),
     "signature-codegen": (lose_codegen, True, "codegen"),
+    "signature-checks": (lose_checks, True, "checks its arguments"),
     "shapes": (transpose_output, True, "shape of output 0"),
     "dtypes": (halve_output, True, "float16"),
 }

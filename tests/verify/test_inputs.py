@@ -21,6 +21,27 @@ def test_dynamic_batch_runs_batches_of_1_2_and_5() -> None:
     assert all(batch.stacked for batch in batches)
 
 
+@pytest.mark.parametrize(
+    ("refused", "rows", "sizes"),
+    [
+        ({2, 3, 4}, 2, [1, 6, 1]),
+        ({5}, 2, [1, 3, 4]),
+        ({2, 4, 6, 8, 10, 12, 14, 16}, 3, [1, 7]),
+        (set(range(4, 17)), 3, [1] * 8),
+        ({1, 2}, 4, [4, 4, 3, 4, 4, 4, 4, 4]),
+        (set(range(1, 17, 2)), 4, [4, 4, 2, 4, 4, 4, 4, 4]),
+        (set(range(1, 17)) - {3}, 3, [3] * 8),
+    ],
+    ids=["not 2 to 4", "not 5", "odd", "at most 3", "at least 3", "even", "3 alone"],
+)
+def test_no_batch_is_run_that_is_refused(refused: set[int], rows: int, sizes: list[int]) -> None:
+    batches = battery(image(rows), dynamic_batch=True, refused=refused)
+    assert [batch.inputs.args[0].shape[0] for batch in batches] == sizes
+    assert tuple(case for batch in batches for case in batch.cases) == CASES
+    (first,) = battery(image(rows), dynamic_batch=True, refused=refused, samples=1)
+    assert torch.equal(first.inputs.args[0], batches[0].inputs.args[0])
+
+
 def test_static_batch_runs_each_case_with_the_shapes_of_the_example() -> None:
     batches = battery(image(), dynamic_batch=False)
     assert [batch.cases for batch in batches] == [(case,) for case in CASES]
