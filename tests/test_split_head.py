@@ -253,6 +253,16 @@ def test_inputs_in_every_form() -> None:
         assert found.energy([example]).vectors == 4
 
 
+def test_inputs_are_checked_as_those_of_a_captured_graph() -> None:
+    """What the graph does not hold for is declined by the split network and on the way to its features."""
+    model = linear(True)
+    split = gs.split_head(model, torch.ones(2, 12).double())
+    for run in (split.module, split.graph_module, split.subspace.features_of):
+        assert run(torch.ones(5, 12).double()) is not None
+        with pytest.raises(ValueError, match="12"):
+            run(torch.ones(5, 11).double())
+
+
 def test_a_loader_of_pairs_is_told_from_inputs() -> None:
     found = gs.head_subspace(linear(True), torch.ones(2, 12).double())
     with pytest.raises(ValueError, match=r"holds 2 inputs, the network takes 1 \(x\).*for x, _ in loader"):

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from graphsurgery.affine.certify import LIMIT, SAMPLES, deviation, draw
@@ -43,6 +42,7 @@ from graphsurgery.graph import (
     set_attr,
 )
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
+from graphsurgery.rewrite.outputs import set_outputs
 from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import tensor_meta
 
@@ -233,15 +233,7 @@ def _add_outputs(
             found[LOGITS].meta.update(origin(logits))
             annotate(gm, found[LOGITS])
     found.update(made)
-    codegen = gm.graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen):
-        spec = pytree.tree_structure(dict.fromkeys(found, 0))
-        signature = codegen.pytree_info
-        gm.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(signature.orig_args, signature.in_spec, spec))
-        node.args = (tuple(found.values()),)
-    else:
-        node.args = (found,)
-    node.meta.pop("val", None)
+    set_outputs(gm, found)
     info = gm.meta.get(INFO_KEY)
     if isinstance(info, CaptureInfo):
         gm.meta[INFO_KEY] = replace(info, output_names=tuple(found))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from graphsurgery.affine.heads import Head, NoHead, find_head
@@ -29,6 +28,7 @@ from graphsurgery.report import Report
 from graphsurgery.report.build import build_report
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import PassManager
+from graphsurgery.rewrite.outputs import set_outputs
 from graphsurgery.values import tensor_meta
 
 __all__ = ["FeatureEnergy", "HeadSubspace", "SplitHeadResult", "head_subspace", "split_head"]
@@ -275,10 +275,7 @@ def _subspace(gm: fx.GraphModule, path: str | None, known: Subspace | float | No
 
 def _cut(gm: fx.GraphModule, head: Head) -> fx.GraphModule:
     """Make a graph return the features and the head's value, and nothing else."""
-    gm.graph.output_node().args = ((head.features, head.node),)
-    signature = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
-    spec = pytree.tree_structure((0, 0))
-    gm.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(signature.orig_args, signature.in_spec, spec))
+    set_outputs(gm, (head.features, head.node))
     gm.graph.eliminate_dead_code()
     delete_unused_attrs(gm)
     gm.recompile()
