@@ -89,8 +89,11 @@ class Sizes:
         self.primes = {prime: expr for expr, prime in self._prime_of.items()}
 
     def per_sample(self, size: int | torch.SymInt) -> int:
-        """A size with every batch symbol taken as 1 and every other at the example's size."""
-        return self.at(size, 1)
+        """A size with every batch symbol taken as 1 and every other at the example's size.
+
+        At least 1 where it is an expression: half of a batch of 1 would be nothing, and so would its cost.
+        """
+        return size if isinstance(size, int) else max(1, self.at(size, 1))
 
     def prime(self, size: int | torch.SymInt) -> int:
         """A size with every symbol taken as a large prime of its own."""

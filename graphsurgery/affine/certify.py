@@ -8,7 +8,7 @@ batch size than the captured one, so that borders and merged batches are covered
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 from graphsurgery.affine.forms import Form, Roles
 from graphsurgery.affine.program import run as run_program
 from graphsurgery.affine.region import Region, Scope
+from graphsurgery.affine.runner import linear_part
 from graphsurgery.values import tensor_meta
 
 LIMIT = 1e-11
@@ -25,6 +26,7 @@ LIMIT = 1e-11
 _ROUNDING = 2.0**-45  # of the value itself, which a large shift may dominate: 2**7 float64 roundings
 _NEGLIGIBLE = 1e-4  # of the largest variation: a channel of nearly nothing is measured by the others
 _LOUD = 2.0**7  # a shift so many times the variation does no harm: ten digits are left
+_ODD = 1.37  # no power of two: every product rounds otherwise
 SAMPLES = 8  # least number of positions over which a channel's scale is taken
 
 
@@ -50,7 +52,7 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     run = region.runner(batch)
     with torch.no_grad():
         wanted, positions = _by_channel(region, run(x), batch)
-        gain = _louder(wanted, positions)
+        gain = _louder(wanted, positions, run, x)
         if gain > 1:
             x = x * gain
             wanted, positions = _by_channel(region, run(x), batch)
@@ -97,16 +99,29 @@ def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int])
     return float((error / unit.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
-def _louder(value: torch.Tensor, positions: Sequence[int]) -> float:
+def _louder(
+    value: torch.Tensor,
+    positions: Sequence[int],
+    run: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+) -> float:
     """How much larger the input has to be so that what it makes is no less than the shift beside it.
 
-    Coefficients that are small beside the shift would else be compared below its rounding. A variation
-    that is no more than rounding itself, of branches that cancel, is not made larger.
+    Coefficients that are small beside the shift would else be compared below its rounding. A linear part that
+    is no more than rounding itself, of branches that cancel, is not made larger: it comes out otherwise for
+    another scale of the input.
     """
     largest = float(value.abs().max())
     variation = float((value.amax(list(positions)) - value.amin(list(positions))).max())
-    gain = largest / variation if variation > 0 else 1.0
-    return gain if _LOUD < gain < 1 / _ROUNDING else 1.0
+    if not _LOUD * variation < largest < float("inf"):
+        return 1.0
+    with torch.inference_mode(False):  # whatever the caller has switched off
+        part, scaled = linear_part(run, x.clone()), linear_part(run, x * _ODD)
+    size = float(part.abs().max())
+    if not largest < size * torch.finfo(torch.float32).max:  # nothing reads the entry
+        return 1.0
+    genuine = float((scaled - part * _ODD).abs().max()) < _NEGLIGIBLE * size
+    return max(1.0, largest / size) if genuine else 1.0
 
 
 def _batch(region: Region) -> int:

@@ -6,7 +6,8 @@ Requires:  the same operator, operands that are the same node (or reads of the s
            1.0 and True are three values, 0.0 and -0.0 two, a NaN is itself); refused with:
            `random` it draws random numbers, or hands out memory as it is found;  `side-effects` it may do
            more than it returns, as fx knows or because it is no operator of torch;  `aliases` two outputs
-           would share memory;  `symbols` the sizes of the two values are known by different symbols;
+           would share memory, or be one object;  `symbols` the sizes of the two values are known by
+           different symbols;
            `not-functional` (all of the graph) a call may write into its operand
 Preserves: signature, shapes, dtypes; every value bit for bit
 Source:    value numbering, Cocke and Schwartz 1970. torch has two: `torch.fx.passes.dialect.common.cse_pass`
@@ -95,6 +96,7 @@ class _Merging:
         self.gm = gm
         self.sizes = Sizes(gm.graph)
         self.shown = shown(gm.graph)
+        self.returned = {value for node in gm.graph.find_nodes(op="output") for value in node.all_input_nodes}
         self.first: dict[Any, fx.Node] = {}
         self.reads: dict[int, fx.Node] = {}  # id of a tensor -> the first node that reads it
         self.tied: dict[fx.Node, fx.Node] = {}  # a read -> the first read of the same tensor
@@ -140,6 +142,8 @@ class _Merging:
             )
         )
         self.twins[node] = first
+        if node in self.returned:
+            self.returned.add(first)
         if node in self.shown:
             self.shown.setdefault(first, set()).update(self.shown[node])
 
@@ -155,6 +159,8 @@ class _Merging:
             return "symbols", f"{node.name!r} is {_type(node)}, {first.name!r} is {_type(first)}"
         if node.op == "call_function" and not is_only_a_view(node) and self._share(first, node):
             return "aliases", f"outputs show {first.name!r} and {node.name!r}; they would share memory"
+        if first in self.returned and node in self.returned:
+            return "aliases", f"{first.name!r} and {node.name!r} are outputs; they would be one object"
         return None
 
     def _share(self, first: fx.Node, node: fx.Node) -> bool:

@@ -21,10 +21,31 @@ _SILENT_VIEWS = frozenset(
     [
         *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "getitem"),
         *("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "type_as", "einsum"),
+        *("atleast_1d", "atleast_2d", "atleast_3d", "sum_to_size", "data", "conj_physical", "to_dense"),
+        *("matrix_power", "linalg_matrix_power", "unflatten_dense_tensors"),
+        *("broadcast_tensors", "meshgrid", "cartesian_prod"),
+        *(f"_cast_{dtype}" for dtype in ("Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")),
     ]
 )
+# Views of all of their operands; others are views of the first.
+_OF_ALL = frozenset(
+    ["atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "cartesian_prod"]
+)
 # Views, in their schema or silent, that copy where they must.
-_MAY_COPY = frozenset(["reshape", "flatten", "contiguous", "to", "type_as", "einsum"])
+_MAY_COPY = frozenset(
+    [
+        *("reshape", "flatten", "contiguous", "to", "type_as", "einsum"),
+        *(
+            "sum_to_size",
+            "conj_physical",
+            "to_dense",
+            "matrix_power",
+            "linalg_matrix_power",
+            "cartesian_prod",
+        ),
+        *(name for name in _SILENT_VIEWS if name.startswith("_cast_")),
+    ]
+)
 _READ_MEMORY = frozenset(["as_strided", "as_strided_copy", "view_as_complex", "view_as_real"])
 
 
@@ -62,11 +83,11 @@ def newly_shared(node: fx.Node, by: fx.Node) -> str | None:
     """
     if is_only_a_view(node) or not _escapes(node):
         return None
-    root = _root(by)
-    if root.op != "call_function":
-        return f"{node.name!r} copies; without it an output would share memory with {root.name!r}"
-    if _escapes(root, apart_from=node):
-        return f"{node.name!r} copies; without it two outputs would share the memory of {root.name!r}"
+    for root in _roots(by):
+        if root.op != "call_function":
+            return f"{node.name!r} copies; without it an output would share memory with {root.name!r}"
+        if _escapes(root, apart_from=node):
+            return f"{node.name!r} copies; without it two outputs would share the memory of {root.name!r}"
     return None
 
 
@@ -86,9 +107,10 @@ def shown(graph: fx.Graph) -> dict[fx.Node, set[Any]]:
         if node.op == "output":
             for value in node.all_input_nodes:
                 found.setdefault(value, set()).add(None)
-        elif node in found and _may_be_view(node):
+        elif node in found:
             piece = node.args[1] if op_name(node) == "getitem" else None
-            found.setdefault(node.all_input_nodes[0], set()).add(piece)
+            for operand in _viewed(node):
+                found.setdefault(operand, set()).add(piece)
     return found
 
 
@@ -97,7 +119,7 @@ def _sizes(shape: Any) -> tuple[str, ...]:
 
 
 def _may_be_view(node: fx.Node) -> bool:
-    """Whether `node` may hand back the memory of its first operand."""
+    """Whether `node` may hand back the memory of an operand."""
     if node.op != "call_function" or not node.all_input_nodes:
         return False
     if op_name(node) in _SILENT_VIEWS:
@@ -108,11 +130,24 @@ def _may_be_view(node: fx.Node) -> bool:
     return any(value.alias_info is not None for value in target._schema.returns)
 
 
-def _root(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` may show."""
-    while _may_be_view(node):
-        node = node.all_input_nodes[0]
-    return node
+def _viewed(node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory `node` may hand back."""
+    if not _may_be_view(node):
+        return []
+    return node.all_input_nodes if op_name(node) in _OF_ALL else node.all_input_nodes[:1]
+
+
+def _roots(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory `node` may show."""
+    roots: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        viewed = _viewed(current)
+        stack += viewed
+        if not viewed:
+            roots[current] = None
+    return [*roots]
 
 
 def _escapes(node: fx.Node, apart_from: fx.Node | None = None) -> bool:
@@ -123,7 +158,7 @@ def _escapes(node: fx.Node, apart_from: fx.Node | None = None) -> bool:
         for user in current.users:
             if user.op == "output":
                 return True
-            if user not in seen and _may_be_view(user) and user.all_input_nodes[0] is current:
+            if user not in seen and current in _viewed(user):
                 seen.add(user)
                 stack.append(user)
     return False

@@ -57,6 +57,28 @@ def test_one_coefficient_behind_a_large_shift_is_caught(shift: float) -> None:
     assert residual(region, filled.form, {**filled.slots, "weight": weight}) > LIMIT
 
 
+class Faint(nn.Module):
+    """A linear part of a given size beside a shift of three."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.first, self.second, self.size = nn.Linear(16, 12), nn.Linear(12, 8), size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x) * self.size) + 3
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-12, 1e-14, 1e-15, 1e-20, 1e-30])
+def test_a_wrong_weight_is_caught_however_faint_beside_the_shift(size: float) -> None:
+    torch.manual_seed(0)
+    region, filled = region_of(Faint(size).double(), torch.randn(3, 16, dtype=torch.float64))
+    assert residual(region, filled.form, filled.slots) <= LIMIT
+    weight = filled.slots["weight"].clone()
+    assert residual(region, filled.form, {**filled.slots, "weight": 2 * weight.flip(0)}) > LIMIT
+    weight[2, 3] *= 1 + 1e-3
+    assert residual(region, filled.form, {**filled.slots, "weight": weight}) > LIMIT
+
+
 class Cancels(nn.Module):
     """Two branches that cancel but for a constant: what is left of the input is rounding."""
 
