@@ -19,7 +19,16 @@ from graphsurgery.errors import (
     RuntimeUnavailableError,
     VerificationError,
 )
-from graphsurgery.pipeline import OptimizeResult, inspect, optimize
+from graphsurgery.pipeline import (
+    FeatureEnergy,
+    HeadSubspace,
+    OptimizeResult,
+    SplitHeadResult,
+    head_subspace,
+    inspect,
+    optimize,
+    split_head,
+)
 from graphsurgery.report import Report
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import (
@@ -43,7 +52,9 @@ __all__ = [
     "Change",
     "Event",
     "ExportError",
+    "FeatureEnergy",
     "GraphSurgeryError",
+    "HeadSubspace",
     "ManagerResult",
     "NodeRef",
     "OptimizeResult",
@@ -56,13 +67,16 @@ __all__ = [
     "Refusal",
     "Report",
     "RuntimeUnavailableError",
+    "SplitHeadResult",
     "Verdict",
     "VerificationError",
     "__version__",
     "capture",
+    "head_subspace",
     "inspect",
     "optimize",
     "passes",
     "restore",
+    "split_head",
     "verify",
 ]

@@ -21,6 +21,17 @@ def test_the_digits_demo_holds(tmp_path: Path) -> None:
     assert (tmp_path / "digits.onnx").is_file()
 
 
+@pytest.mark.slow
+def test_the_head_split_demo_holds(tmp_path: Path) -> None:
+    demo = DIGITS.parent / "head_split" / "demo.py"
+    command = [sys.executable, str(demo), "--out", "split"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all checks hold" in done.stdout
+    assert "WRONG" not in done.stdout
+    assert {path.name for path in (tmp_path / "split").iterdir()} == {"fc.onnx", "conv.onnx"}
+
+
 def test_the_digits_weights_are_small_floats() -> None:
     path = DIGITS / "digits.safetensors"
     assert path.stat().st_size < 1_000_000

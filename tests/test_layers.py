@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"errors", "values", "graph", "verify"},
     "report": {"errors", "cost", "rewrite", "verify", "export", "graph"},
     "pipeline": {
-        *("errors", "values", "graph", "cost", "rewrite", "passes"),
+        *("errors", "values", "graph", "cost", "affine", "rewrite", "passes"),
         *("capture", "restore", "verify", "export", "report"),
     },
     "cli": {"errors", "report", "pipeline", "__init__", "export"},  # export: how files are put in place

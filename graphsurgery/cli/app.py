@@ -1,4 +1,4 @@
-"""The commands: `optimize`, `verify`, `inspect`, `passes`.
+"""The commands: `optimize`, `verify`, `inspect`, `split-head`, `passes`.
 
 Exit codes: 0 done and verified; 1 verification failed; 2 bad usage or model; 3 a bug of graphsurgery's own;
 130 interrupted.
@@ -167,6 +167,36 @@ def inspect(model: Model, inputs: Inputs = None, as_json: Json = False) -> int:
         typer.echo(found.to_json())
     else:
         OUT.print(*show.inspection(found), sep="\n", highlight=False)
+    return 0
+
+
+@app.command("split-head")
+@_exit_codes
+def split_head(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.onnx", help="Write the result as ONNX.")
+    ] = None,
+    inputs: Inputs = None,
+    head: Annotated[
+        str | None,
+        typer.Option("--head", metavar="PATH", help="The head's module, as fc; else the last one."),
+    ] = None,
+    keep_head: Annotated[
+        bool,
+        typer.Option(
+            "--keep-head/--through-r",
+            help="Logits from the head itself, or from the class-specific features.",
+        ),
+    ] = True,
+    as_json: Json = False,
+) -> int:
+    """Split the features of MODEL's head into those that reach the logits and those that cannot."""
+    found = run.split_head(model, list(inputs or ()), head, keep_head, output, ERR)
+    if as_json:
+        typer.echo(found.report.to_json())
+    else:
+        OUT.print(*show.outcome(found), sep="\n", highlight=False)
     return 0
 
 

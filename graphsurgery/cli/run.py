@@ -20,7 +20,16 @@ from graphsurgery.cli.outputs import check_writable, staged, staged_model
 from graphsurgery.cli.progress import progress
 from graphsurgery.report.codec import to_plain
 
-__all__ = ["Outcome", "Request", "describe_passes", "inspect", "optimize", "verdict_json", "verify"]
+__all__ = [
+    "Outcome",
+    "Request",
+    "describe_passes",
+    "inspect",
+    "optimize",
+    "split_head",
+    "verdict_json",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,29 @@ def optimize(request: Request, console: Console) -> Outcome:
                 text = result.report.to_json()
                 files.enter_context(staged(request.report)).write_text(text + "\n", encoding="utf-8")
     return Outcome(result.report, True, tuple(path for path in outputs.values() if path is not None))
+
+
+def split_head(
+    model: str, inputs: list[str], head: str | None, keep_head: bool, output: Path | None, console: Console
+) -> Outcome:
+    """Split the head of a model, verify the result, and write it.
+
+    Raises:
+        UsageError: The request cannot be carried out as given.
+        GraphSurgeryError: As raised by `gs.split_head` and the export.
+    """
+    check_writable({"-o": output})
+    loaded, examples = _load(model, inputs)
+    with console.status("splitting") if console.is_terminal else ExitStack():
+        result = gs.split_head(loaded.model, examples, head=head, keep_head=keep_head)
+        if output is None:
+            return Outcome(result.report, True, ())
+        with staged_model(output) as file:
+            result.export_onnx(file)
+    if result.report.onnx is not None:
+        onnx = dataclasses.replace(result.report.onnx, path=str(output))
+        result.report = dataclasses.replace(result.report, onnx=onnx)
+    return Outcome(result.report, True, (output,))
 
 
 def inspect(model: str, inputs: list[str], console: Console) -> gs.Report:

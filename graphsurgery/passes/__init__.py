@@ -20,6 +20,7 @@ from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.passes.fold_embedding import FoldEmbedding
 from graphsurgery.passes.fold_norm_affine import FoldNormAffine
 from graphsurgery.passes.merge_siblings import MergeSiblings
+from graphsurgery.passes.split_head import SplitHead
 from graphsurgery.rewrite.contracts import Pass
 from graphsurgery.rewrite.plugins import registered_passes
 
@@ -32,6 +33,7 @@ __all__ = [
     "FoldEmbedding",
     "FoldNormAffine",
     "MergeSiblings",
+    "SplitHead",
     "available",
     "default_passes",
     "find",
@@ -46,6 +48,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     FoldAffine,
     FoldEmbedding,
     MergeSiblings,
+    SplitHead,
 )
 
 

@@ -21,8 +21,15 @@ from torch.export import ExportedProgram
 from graphsurgery import passes as _passes
 from graphsurgery.capture import capture
 from graphsurgery.cost import CostModel
-from graphsurgery.errors import CaptureError
+from graphsurgery.errors import CaptureError, PassError
 from graphsurgery.graph import capture_info
+from graphsurgery.pipeline.heads import (
+    FeatureEnergy,
+    HeadSubspace,
+    SplitHeadResult,
+    head_subspace,
+    split_head,
+)
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.pipeline.result import OptimizeResult
 from graphsurgery.report import Report
@@ -32,7 +39,16 @@ from graphsurgery.rewrite import Event, Pass, PassManager
 from graphsurgery.rewrite.fingerprint import held_tensors
 from graphsurgery.verify import Verdict
 
-__all__ = ["OptimizeResult", "inspect", "optimize"]
+__all__ = [
+    "FeatureEnergy",
+    "HeadSubspace",
+    "OptimizeResult",
+    "SplitHeadResult",
+    "head_subspace",
+    "inspect",
+    "optimize",
+    "split_head",
+]
 
 VerifyMode = Literal["final", "each-pass", "off"]
 Passes = Iterable[str | Pass | type[Pass]] | str | Pass | None
@@ -73,7 +89,8 @@ def optimize(
 
     Raises:
         CaptureError: The model or its inputs cannot be captured, or a parameter holds NaN.
-        PassError: A pass is unknown or wrote into a tensor in place.
+        PassError: A pass is unknown, changes the signature (as `split-head` does), or wrote into a tensor in
+            place.
         VerificationError: The captured or restored graph, before any pass, differs from the model.
         ExportError: With `verify="each-pass"`, the model cannot be exported to ONNX at all.
         ValueError: `verify` is none of the three.
@@ -81,6 +98,7 @@ def optimize(
     if verify not in ("final", "each-pass", "off"):
         raise ValueError(f"verify must be 'final', 'each-pass' or 'off', got {verify!r}")
     chosen = _with_option(_passes.select(passes, cost), "max_param_growth", max_param_growth)
+    _keeps_signature(chosen)
     chosen = _with_option(chosen, "cost", cost)
     stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
     with stages("capture"):
@@ -174,6 +192,16 @@ def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphMo
                     "values, so no output can be compared; load a checkpoint that is whole."
                 )
     return gm
+
+
+def _keeps_signature(chosen: tuple[Pass, ...]) -> None:
+    for item in chosen:
+        if not item.preserves.signature:
+            own = " (`split_head` does)" if item.name == "split-head" else ""
+            raise PassError(
+                f"pass {item.name!r} changes inputs or outputs of the model, which optimize keeps; run it in "
+                f"a PassManager, or call the function that expects that{own}"
+            )
 
 
 def _with_option(chosen: tuple[Pass, ...], option: str, value: Any) -> tuple[Pass, ...]:

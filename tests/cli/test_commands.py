@@ -148,6 +148,21 @@ def test_training_mode_is_said(models: str, capsys: pytest.CaptureFixture[str]) 
     assert "training mode" in capsys.readouterr().out
 
 
+def test_split_head_writes_the_parts(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("split-head", f"{models}:net", "-o", "n.onnx", *INPUT) == 0
+    out = capsys.readouterr().out
+    assert "rank 4 of 17 x 4: 4 class-specific and 13 residual features" in " ".join(out.split())
+    assert "wrote n.onnx" in out
+    assert files() == {"n.onnx"}
+    assert run("split-head", f"{models}:with_inputs", "--head", "first", "--through-r", "--json") == 0
+    report = gs.Report.from_json(capsys.readouterr().out)
+    assert report.verification is not None
+    assert [output.name for output in report.verification.outputs] == [
+        *("output", "logits", "class_features"),
+    ]
+    assert report.changes[0].parameters[-1] == "first_logits.weight"
+
+
 def test_inspect_names_places_and_changes_nothing(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", f"{models}:net", *INPUT) == 0
     out = capsys.readouterr().out
@@ -214,6 +229,12 @@ def test_a_pass_of_another_package_runs_when_named(
             "did you mean 'fold-affine'?",
         ),
         (("optimize", "{m}:net", "-o", "n.onnx", *INPUT, "--verify", "maybe"), "maybe"),
+        (("optimize", "{m}:net", "-o", "n.onnx", *INPUT, "--passes", "split-head"), "(`split_head` does)"),
+        (
+            ("split-head", "{m}:net", "-o", "n.onnx", *INPUT, "--head", "secnd"),
+            "did you mean one of 'second'",
+        ),
+        (("split-head", "{m}:net", "-o", "gone/n.onnx", *INPUT), "the folder gone does not exist"),
         (("inspect", "{m}:net"), "brings no example inputs"),
         (("verify", "{m}:net", "gone.onnx", *INPUT), "gone.onnx does not exist"),
         (("verify", "gone.onnx", "gone2.onnx"), "gone.onnx does not exist"),
