@@ -56,6 +56,8 @@ class CaptureInfo:
         model_name: Class name of the captured model.
         args: Positional example inputs as given, detached.
         kwargs: Keyword example inputs as given, detached.
+        trailing_axes: For each flat output, how many axes of size one the graph's output has, on the example,
+            behind those of the model's; empty where none has.
     """
 
     input_names: tuple[str, ...]
@@ -65,6 +67,7 @@ class CaptureInfo:
     model_name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    trailing_axes: tuple[int, ...] = ()
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:

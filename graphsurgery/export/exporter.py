@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.sessions import load_model
+from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
 
 __all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx"]
@@ -181,6 +182,7 @@ def _torch_export(
     """Export, with the sizes free that are: at a batch of two, one being special to torch.export."""
     kwargs = dict(example.kwargs or {})
     free = _free_axes(module, example, dynamic)
+    example = _grown(module, example)
     if not any(free):
         return torch.export.export(module, example.args, kwargs, strict=False)
     size = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
@@ -218,6 +220,27 @@ def _free_axes(module: nn.Module, example: Inputs, dynamic: bool) -> list[tuple[
     rows = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
     batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == rows for x in leaves]
     return [(0,) if dynamic and carrier else () for carrier in batched]
+
+
+def _grown(module: nn.Module, example: Inputs) -> Inputs:
+    """Repeat the example along the axes that a captured graph was traced at a larger size for.
+
+    At the example's own size such a graph leaves one position of a map, which torch.export would take for a
+    constant.
+    """
+    leaves = example.leaves()
+    nodes = module.graph.find_nodes(op="placeholder") if isinstance(module, fx.GraphModule) else []
+    for i, node in enumerate(nodes):
+        for axis, size in enumerate(node.meta.get(EXAMPLE_SHAPE, ())):
+            hint = node.meta["val"].shape[axis]
+            if (
+                axis
+                and isinstance(hint, torch.SymInt)
+                and leaves[i].shape[axis] == size < int(hint.node.hint)
+            ):
+                again = torch.arange(int(hint.node.hint), device=leaves[i].device) % size
+                leaves[i] = leaves[i].index_select(axis, again)
+    return example.replace(leaves)
 
 
 def _is_free(size: Any) -> bool:

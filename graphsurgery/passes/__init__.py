@@ -19,6 +19,7 @@ from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.passes.fold_embedding import FoldEmbedding
 from graphsurgery.passes.fold_norm_affine import FoldNormAffine
+from graphsurgery.passes.fully_convolutional import FullyConvolutional
 from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.rewrite.contracts import Pass
 from graphsurgery.rewrite.plugins import registered_passes
@@ -31,6 +32,7 @@ __all__ = [
     "FoldAffine",
     "FoldEmbedding",
     "FoldNormAffine",
+    "FullyConvolutional",
     "MergeSiblings",
     "available",
     "default_passes",
@@ -46,6 +48,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     FoldAffine,
     FoldEmbedding,
     MergeSiblings,
+    FullyConvolutional,
 )
 
 

@@ -61,7 +61,7 @@ class OptimizeResult:
             VerificationError: What onnxruntime computes differs from the original model.
         """
         start = time.perf_counter()
-        baseline = self._proof.baseline if verify else None
+        baseline = self._proof.baseline_of(self.graph_module) if verify else None
         done = export_onnx(self.module, self._proof.info, path, verify=verify, baseline=baseline)
         record = OnnxFile(done.path, done.size_bytes, done.opset, done.external_data, done.verdict)
         after = replace(self.report.after, size_bytes=done.size_bytes)
