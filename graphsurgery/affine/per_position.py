@@ -24,7 +24,7 @@ _KEEP = frozenset(("dropout", "feature_dropout", "alpha_dropout", "clone", "cont
 _LOCAL = frozenset((
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "batch_norm", "prelu", "getitem",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "prelu", "getitem",
     "constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
     "replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_shuffle", "pixel_unshuffle",
     "channel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
@@ -65,6 +65,8 @@ def acts_per_position(node: fx.Node, spatial: Callable[[fx.Node], tuple[int, ...
     name, first = op_name(node), maps[0]
     if is_tensor(node) and len(spatial(node)) < max(len(spatial(operand)) for operand in maps):
         return False  # an axis of positions is gone
+    if name == "batch_norm":
+        return node.args[5] is False  # else it takes its statistics from the map
     if is_pointwise(node) or name in _LOCAL:
         return True
     if name in _MOVES:

@@ -230,16 +230,16 @@ class Spread:
         name = op_name(node)
         first: Any = node.args[0]
         rest: Any = node.args[1:]
-        if name in ("batch_norm", "prelu"):
+        if name == "prelu" or (name == "batch_norm" and rest[4] is False):
             return self._copy(node, {})
         if is_pointwise(node):
             constants = [operand for operand in node.all_input_nodes if operand not in self.twins]
             return self._copy(node, {constant: self._per_feature(node, constant) for constant in constants})
         if name in _ALONG_FEATURES and not node.kwargs:
             axis = rest[0] if rest else (0 if name == "cat" else -1)
-            if axis in (1, -1):
-                made = self._copy(node, {}, (node.args[0], 1, *rest[1:]))
-                return made
+            joined = name == "cat" and any(read not in self.twins for read in node.all_input_nodes)
+            if axis in (1, -1) and not joined:
+                return self._copy(node, {}, (first, 1, *rest[1:]))
         if name in _LAST_AXIS and first in self.twins and list(rest[0]) == list(tensor_meta(node).shape[1:]):
             last = [0, *range(2, self.rank + 2), 1]
             back = [0, self.rank + 1, *range(1, self.rank + 1)]

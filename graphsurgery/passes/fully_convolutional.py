@@ -135,7 +135,7 @@ class _Surgery:
             if tensor_meta(source).dim() > 2 and self._feeds_linear(node):
                 if is_reshape(node) and self._flattens(node, source):
                     found.append(self._head(node))
-                elif op_name(node) == "mean":
+                elif op_name(node) == "mean" and self._takes_all_positions(node, source):
                     raise self._global_pool(node)
         return found
 
@@ -154,6 +154,11 @@ class _Surgery:
     def _flattens(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a reshape merges axes into the last one; a view of tokens as rows does not."""
         return self.scope.shape(node)[1] != self.scope.shape(source)[-1] or 1 in self.scope.shape(source)[1:]
+
+    def _takes_all_positions(self, node: fx.Node, source: fx.Node) -> bool:
+        rank, axes = tensor_meta(source).dim(), node.args[1] if len(node.args) > 1 else None
+        given: Any = axes if isinstance(axes, (list, tuple)) else []
+        return {axis % rank for axis in given} == set(range(2, rank))
 
     def _head(self, node: fx.Node) -> _Head:
         source: Any = node.args[0]
@@ -195,7 +200,7 @@ class _Surgery:
         return NoMap(
             "global-pool",
             node,
-            "takes the mean of the whole map, so the network takes any size already; "
+            "takes the mean of the whole map, which it can of a map of any size; "
             "without it the scores at the example's size would be others",
         )
 

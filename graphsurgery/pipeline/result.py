@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 from graphsurgery.capture.inputs import Inputs as CallInputs
 from graphsurgery.capture.program import export_model, quiet
 from graphsurgery.errors import CaptureError, ExportError
-from graphsurgery.export import ExportResult, export_onnx, latency_ms
+from graphsurgery.export import ExportResult, export_onnx, free_call, latency_ms
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.report import OnnxFile, Report
 from graphsurgery.restore import restore
+from graphsurgery.values import EXAMPLE_SHAPE
 
 __all__ = ["OptimizeResult"]
 
@@ -104,9 +105,11 @@ class OptimizeResult:
         info = self._proof.info
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp.pt2")
         try:
-            exported = export_model(
-                self.module, CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
-            )
+            inputs, shapes = CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
+            if any(EXAMPLE_SHAPE in node.meta for node in self.graph_module.graph.nodes):
+                wide, shapes = free_call(self.module, info)  # a pass has freed sizes
+                inputs = CallInputs(wide.args, dict(wide.kwargs or {}))
+            exported = export_model(self.module, inputs, shapes)
             with quiet():
                 torch.export.save(exported.program, temporary)
             os.replace(temporary, target)
