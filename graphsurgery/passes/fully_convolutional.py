@@ -169,13 +169,26 @@ class _Surgery:
             raise NoMap("mixed-axes", node, f"flattens {_text(source)}, which is no map of 1 to 3 axes")
         moves = [node]
         order = list(range(len(before)))
-        while (turned := axis_order(source)) is not None and turned[0] == 0:
-            order = [turned[axis] for axis in order]
+        while True:
+            turned = axis_order(source)
+            if turned is not None and turned[0] == 0:
+                order = [turned[axis] for axis in order]
+            elif order == sorted(order) and self._splits_maps(source):
+                order = list(range(tensor_meta(source.args[0]).dim()))  # flattened in one or in two steps
+            else:
+                break
             moves.insert(0, source)
             source = source.args[0]
         sizes = tuple(int(size) for size in tensor_meta(source).shape[1:])
         self._look_for_pool(source)
         return _Head(source, node, Flat(sizes, tuple(order[1:]), tuple(moves)))
+
+    def _splits_maps(self, node: fx.Node) -> bool:
+        """Whether a reshape gives the elements of each sample's map in other axes."""
+        source: Any = node.args[0] if node.args else None
+        if node.op != "call_function" or not is_reshape(node) or not 3 <= tensor_meta(source).dim() <= 5:
+            return False
+        return self.scope.shape(source)[0] == self.scope.shape(node)[0]
 
     def _look_for_pool(self, node: fx.Node) -> None:
         """Refuse a pool in front of the flatten that is no identity on the example's map.

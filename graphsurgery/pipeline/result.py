@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphsurgery.capture.inputs import Inputs as CallInputs
 from graphsurgery.capture.program import export_model, quiet
@@ -106,10 +109,13 @@ class OptimizeResult:
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp.pt2")
         try:
             inputs, shapes = CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
-            if any(EXAMPLE_SHAPE in node.meta for node in self.graph_module.graph.nodes):
+            freed = any(EXAMPLE_SHAPE in node.meta for node in self.graph_module.graph.nodes)
+            if freed:
                 wide, shapes = free_call(self.module, info)  # a pass has freed sizes
                 inputs = CallInputs(wide.args, dict(wide.kwargs or {}))
             exported = export_model(self.module, inputs, shapes)
+            if freed:
+                _accept(exported.program, info.args, info.kwargs)
             with quiet():
                 torch.export.save(exported.program, temporary)
             os.replace(temporary, target)
@@ -118,3 +124,20 @@ class OptimizeResult:
         finally:
             temporary.unlink(missing_ok=True)
         return target
+
+
+def _accept(program: ExportedProgram, args: Any, kwargs: Any) -> None:
+    """Let an exported program take the example's own sizes, and all above them.
+
+    It was traced at larger ones, where a map has more than one position; torch writes that down as a
+    condition, though every call of the program runs at one position as well.
+    """
+    example = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    names = set(program.graph_signature.user_inputs)
+    traced = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in names]
+    inputs = [value for value in traced if isinstance(value, torch.Tensor)]
+    for value, given in zip(inputs, example, strict=True):
+        for axis, size in enumerate(value.shape):
+            if axis and isinstance(size, torch.SymInt):
+                program.range_constraints[size.node.expr] = ValueRanges(given.shape[axis], int_oo)
+    program._guards_code = []
