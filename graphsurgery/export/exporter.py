@@ -243,15 +243,16 @@ def _grown(module: nn.Module, example: Inputs) -> Inputs:
     nodes = module.graph.find_nodes(op="placeholder") if isinstance(module, fx.GraphModule) else []
     for i, node in enumerate(nodes):
         for axis, size in enumerate(node.meta.get(EXAMPLE_SHAPE, ())):
-            hint = node.meta["val"].shape[axis]
-            if (
-                axis
-                and isinstance(hint, torch.SymInt)
-                and leaves[i].shape[axis] == size < int(hint.node.hint)
-            ):
-                again = torch.arange(int(hint.node.hint), device=leaves[i].device) % size
+            traced = node.meta["val"].shape[axis]
+            hint = _hint(traced) if axis and _is_free(traced) else 0
+            if leaves[i].shape[axis] == size < hint:
+                again = torch.arange(hint, device=leaves[i].device) % size
                 leaves[i] = leaves[i].index_select(axis, again)
     return example.replace(leaves)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint)
 
 
 def _is_free(size: Any) -> bool:

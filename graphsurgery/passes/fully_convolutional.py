@@ -140,13 +140,13 @@ class _Surgery:
         return found
 
     def _feeds_linear(self, node: fx.Node) -> bool:
-        """Whether a Linear reads a value, perhaps behind activations and norms."""
+        """Whether a Linear reads a value, perhaps behind other calls on lists of features."""
         stack, seen = [node], {node}
         while stack:
             for user in stack.pop().users:
                 if linear_of(user, self.scope.constant) is not None:
                     return True
-                if user not in seen and (is_pointwise(user) or op_name(user) in ("batch_norm", "layer_norm")):
+                if user not in seen and is_tensor(user) and tensor_meta(user).dim() == 2:
                     seen.add(user)
                     stack.append(user)
         return False

@@ -137,7 +137,8 @@ def _accept(program: ExportedProgram, args: Any, kwargs: Any) -> None:
     traced = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in names]
     inputs = [value for value in traced if isinstance(value, torch.Tensor)]
     for value, given in zip(inputs, example, strict=True):
-        for axis, size in enumerate(value.shape):
-            if axis and isinstance(size, torch.SymInt):
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        for axis, size in enumerate(sizes):
+            if axis and not isinstance(size, int):
                 program.range_constraints[size.node.expr] = ValueRanges(given.shape[axis], int_oo)
     program._guards_code = []
