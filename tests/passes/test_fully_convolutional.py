@@ -194,6 +194,23 @@ def test_ways_to_write_a_head(name: str, function: Callable[..., Tensor]) -> Non
     assert_equal_on_crops(model, result.graph_module, (14, 16))
 
 
+def test_pictures_with_channels_last() -> None:
+    model = seeded(
+        lambda: Of(lambda m, x: m.a(m.f(x.permute(0, 3, 1, 2)).flatten(1)), f=features(), a=nn.Linear(168, 5))
+    ).double()
+    result = convert(model, noise(2, 14, 16, 3))
+    assert "axes 1, 2 of input 'x'" in result.changes[0].detail
+    first = Of(lambda m, x: m.inner(x.permute(0, 2, 3, 1)), inner=model)
+    assert_equal_on_crops(first, lambda x: result.graph_module(x.permute(0, 2, 3, 1)), (14, 16))
+
+
+def test_a_batch_that_is_fixed() -> None:
+    model = seeded(lambda: Of(lambda m, x: m.a(m.f(x).reshape(3, -1)), f=features(), a=nn.Linear(168, 5)))
+    result = convert(model, noise(3, 3, 14, 16))
+    assert not capture_info(result.graph_module).dynamic_batch
+    assert_equal_on_crops(model, result.graph_module, (14, 16))
+
+
 def test_two_heads_on_one_map() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
