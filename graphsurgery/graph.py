@@ -58,6 +58,8 @@ class CaptureInfo:
         kwargs: Keyword example inputs as given, detached.
         refused_batches: Of the batch sizes 1 to 16 those that the graph does not hold for, where the batch is
             free.
+        trailing_axes: For each flat output, how many axes of size one the graph's output has, on the example,
+            behind those of the model's; empty where none has.
     """
 
     input_names: tuple[str, ...]
@@ -68,6 +70,7 @@ class CaptureInfo:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     refused_batches: tuple[int, ...] = ()
+    trailing_axes: tuple[int, ...] = ()
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:

@@ -20,6 +20,9 @@ from torch import fx
 # divided by one of them.
 _FIRST_PRIME = 1_000_000_007
 
+EXAMPLE_SHAPE = "example_shape"
+"""Key of `node.meta` of an input: its sizes in the example, where they are not the hints of its symbols."""
+
 
 def symbols_of(size: int | torch.SymInt) -> frozenset[sympy.Symbol]:
     """The free symbols of one size; empty for a plain integer."""
@@ -80,7 +83,7 @@ class Sizes:
                         others.pop(symbol, None)
                         batch[symbol] = None
                     elif symbol not in batch:
-                        others.setdefault(symbol, _hint(size, symbol))
+                        others.setdefault(symbol, _in_example(node, axis, size, symbol))
         self.batch = tuple(batch)
         self.others = tuple(others.items())
         tokens: dict[sympy.Expr, None] = dict.fromkeys((*batch, *others))
@@ -141,6 +144,12 @@ def _factors(expr: sympy.Expr) -> tuple[int, list[sympy.Expr]]:
         else:
             return 1, [expr]
     return number, factors
+
+
+def _in_example(node: fx.Node, axis: int, size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    """The example's value of a symbol that was found in a size of a value."""
+    known = node.meta.get(EXAMPLE_SHAPE)
+    return _hint(size, symbol) if known is None or size.node.expr != symbol else int(known[axis])
 
 
 def _hint(size: torch.SymInt, symbol: sympy.Symbol) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphsurgery.export.exporter import OPSET, ExportInfo, ExportResult, export_onnx
+from graphsurgery.export.exporter import OPSET, ExportInfo, ExportResult, export_onnx, free_call
 from graphsurgery.export.sessions import OnnxSession, latency_ms, load_model, node_counts
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ExportResult",
     "OnnxSession",
     "export_onnx",
+    "free_call",
     "latency_ms",
     "load_model",
     "node_counts",

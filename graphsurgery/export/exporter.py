@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.sessions import load_model
+from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
 
-__all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx"]
+__all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx", "free_call"]
 
 OPSET = 20
 """Opset of the files.
@@ -179,17 +180,10 @@ def _torch_export(
     module: nn.Module, example: Inputs, dynamic: bool, notes: list[str]
 ) -> torch.export.ExportedProgram:
     """Export, with the sizes free that are: at a batch of two, one being special to torch.export."""
-    kwargs = dict(example.kwargs or {})
-    free = _free_axes(module, example, dynamic)
-    if not any(free):
-        return torch.export.export(module, example.args, kwargs, strict=False)
-    size = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
-    leaves = [
-        torch.cat([x, x]) if 0 in axes and size == x.shape[0] == 1 else x
-        for x, axes in zip(example.leaves(), free, strict=True)
-    ]
-    wide = example.replace(leaves)
+    wide, free = _wide(module, example, dynamic)
     kwargs = dict(wide.kwargs or {})
+    if not any(free):
+        return torch.export.export(module, wide.args, kwargs, strict=False)
     try:
         shapes = _shapes(module, wide, free, torch.export.Dim.DYNAMIC)
         return torch.export.export(module, wide.args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -197,6 +191,25 @@ def _torch_export(
         notes.append(f"torch.export declined a free size ({_reason(error)}); exported with what it infers")
         shapes = _shapes(module, wide, free, torch.export.Dim.AUTO)
         return torch.export.export(module, wide.args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def free_call(module: nn.Module, info: ExportInfo) -> tuple[Inputs, Any]:
+    """Return the inputs on which a module is exported with its free sizes, and their `dynamic_shapes`."""
+    example = Inputs(tuple(info.args), dict(info.kwargs))
+    wide, free = _wide(module, example, info.dynamic_batch)
+    return wide, _shapes(module, wide, free, torch.export.Dim.DYNAMIC)
+
+
+def _wide(module: nn.Module, example: Inputs, dynamic: bool) -> tuple[Inputs, list[tuple[int, ...]]]:
+    """Return the example at sizes that torch.export does not take for constants, and which axes are free."""
+    free = _free_axes(module, example, dynamic)
+    example = _grown(module, example)
+    size = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
+    leaves = [
+        torch.cat([x, x]) if 0 in axes and size == x.shape[0] == 1 else x
+        for x, axes in zip(example.leaves(), free, strict=True)
+    ]
+    return example.replace(leaves), free
 
 
 def _free_axes(module: nn.Module, example: Inputs, dynamic: bool) -> list[tuple[int, ...]]:
@@ -218,6 +231,28 @@ def _free_axes(module: nn.Module, example: Inputs, dynamic: bool) -> list[tuple[
     rows = next((x.shape[0] for x in example.tensors() if x.ndim), 0)
     batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == rows for x in leaves]
     return [(0,) if dynamic and carrier else () for carrier in batched]
+
+
+def _grown(module: nn.Module, example: Inputs) -> Inputs:
+    """Repeat the example along the axes that a captured graph was traced at a larger size for.
+
+    At the example's own size such a graph leaves one position of a map, which torch.export would take for a
+    constant.
+    """
+    leaves = example.leaves()
+    nodes = module.graph.find_nodes(op="placeholder") if isinstance(module, fx.GraphModule) else []
+    for i, node in enumerate(nodes):
+        for axis, size in enumerate(node.meta.get(EXAMPLE_SHAPE, ())):
+            traced = node.meta["val"].shape[axis]
+            hint = _hint(traced) if axis and _is_free(traced) else 0
+            if leaves[i].shape[axis] == size < hint:
+                again = torch.arange(hint, device=leaves[i].device) % size
+                leaves[i] = leaves[i].index_select(axis, again)
+    return example.replace(leaves)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint)
 
 
 def _is_free(size: Any) -> bool:

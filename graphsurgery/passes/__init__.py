@@ -19,6 +19,7 @@ from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.passes.fold_embedding import FoldEmbedding
 from graphsurgery.passes.fold_norm_affine import FoldNormAffine
+from graphsurgery.passes.fully_convolutional import FullyConvolutional
 from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.passes.split_head import SplitHead
 from graphsurgery.rewrite.contracts import Pass
@@ -32,6 +33,7 @@ __all__ = [
     "FoldAffine",
     "FoldEmbedding",
     "FoldNormAffine",
+    "FullyConvolutional",
     "MergeSiblings",
     "SplitHead",
     "available",
@@ -49,6 +51,7 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     FoldEmbedding,
     MergeSiblings,
     SplitHead,
+    FullyConvolutional,
 )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from graphsurgery.capture.program import quiet
 from graphsurgery.capture.state import unwrap
@@ -28,6 +29,23 @@ __all__ = ["Proof"]
 class _Checked:
     ok: bool
     reason: str
+
+
+class Trailing(nn.Module):
+    """A model whose outputs have axes of size one behind their own."""
+
+    def __init__(self, model: nn.Module, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model, self.axes = model, axes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives, each flat output with its axes."""
+        leaves, spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        shaped = [
+            leaf.reshape(*leaf.shape, *[1] * count) if count else leaf
+            for leaf, count in zip(leaves, self.axes, strict=True)
+        ]
+        return pytree.tree_unflatten(shaped, spec)
 
 
 class Proof:
@@ -51,6 +69,7 @@ class Proof:
         self.info = capture_info(captured)
         self.pass_checks: list[PassCheck] = []
         self._on_event = on_event
+        self._baselines: dict[tuple[int, ...], Baseline] = {}
 
     @property
     def example(self) -> Inputs:
@@ -65,15 +84,25 @@ class Proof:
                 return self.original.module(check_guards=False)
         return unwrap(self.original)
 
-    @cached_property
+    @property
     def baseline(self) -> Baseline:
         """The runs of the original model that everything is compared with."""
-        return Baseline(
-            self.reference,
-            self.example,
-            dynamic_batch=self.info.dynamic_batch,
-            refused_batches=self.info.refused_batches,
-        )
+        return self.baseline_of(self.captured)
+
+    def baseline_of(self, gm: fx.GraphModule) -> Baseline:
+        """The runs of the original model in the shapes that a graph made of it gives."""
+        axes = capture_info(gm).trailing_axes
+        axes = axes if any(axes) else ()
+        if axes not in self._baselines:
+            reference = Trailing(self.reference, axes) if axes else self.reference
+            made = Baseline(
+                reference,
+                self.example,
+                dynamic_batch=self.info.dynamic_batch,
+                refused_batches=self.info.refused_batches,
+            )
+            self._baselines[axes] = made
+        return self._baselines[axes]
 
     def check_captured(self) -> None:
         """Make sure that the untouched graph agrees, in torch and exported, so that no pass is blamed for it.
@@ -87,7 +116,7 @@ class Proof:
 
     def check_pass(self, before: fx.GraphModule, after: fx.GraphModule, item: Pass) -> CheckResult:
         """Compare what a pass made with the original: in torch, then exported, on onnxruntime; record it."""
-        in_torch = self.baseline.compare(after)
+        in_torch = self.baseline_of(after).compare(after)
         on_onnx: Verdict | None = None
         reason = in_torch.reason
         if in_torch.ok:
@@ -103,7 +132,7 @@ class Proof:
     def _on_onnxruntime(self, gm: fx.GraphModule) -> Verdict:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "graph.onnx"
-            done = export_onnx(restore(gm), self.info, path, baseline=self.baseline)
+            done = export_onnx(restore(gm), self.info, path, baseline=self.baseline_of(gm))
         if done.verdict is None:
             raise ExportError("the exported graph was not compared, expected a verdict of onnxruntime")
         return done.verdict
@@ -126,7 +155,7 @@ class Proof:
         """
         failures, seconds = list(result.failures), dict(result.seconds)
         remaining = manager.passes
-        while not (verdict := self.baseline.compare(module)).ok:
+        while not (verdict := self.baseline_of(result.graph_module).compare(module)).ok:
             step, reason = self._culprit(result, verdict)
             failures.append(PassFailure(step.pass_name, "verification", reason, step.round))
             self._tell(manager, failures[-1])
@@ -151,7 +180,7 @@ class Proof:
         captured = self.baseline.compare(self.captured)
         if not captured.ok:
             raise VerificationError(f"the captured graph differs before any pass: {captured.reason}")
-        last = self.baseline.compare(result.graph_module)
+        last = self.baseline_of(result.graph_module).compare(result.graph_module)
         if last.ok or not result.steps:
             raise VerificationError(
                 "the module restored from the graph differs from the model, though the graph agrees: "
@@ -160,7 +189,8 @@ class Proof:
         good, bad, reason = -1, len(result.steps) - 1, last.reason
         while bad - good > 1:
             middle = (good + bad) // 2
-            found = self.baseline.compare(result.steps[middle].graph_module)
+            graph = result.steps[middle].graph_module
+            found = self.baseline_of(graph).compare(graph)
             if found.ok:
                 good = middle
             else:

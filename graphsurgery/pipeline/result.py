@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphsurgery.capture.inputs import Inputs as CallInputs
 from graphsurgery.capture.program import export_model, quiet
 from graphsurgery.errors import CaptureError, ExportError
-from graphsurgery.export import ExportResult, export_onnx, latency_ms
+from graphsurgery.export import ExportResult, export_onnx, free_call, latency_ms
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.report import OnnxFile, Report
 from graphsurgery.restore import restore
+from graphsurgery.values import EXAMPLE_SHAPE
 
 __all__ = ["OptimizeResult"]
 
@@ -61,7 +65,7 @@ class OptimizeResult:
             VerificationError: What onnxruntime computes differs from the original model.
         """
         start = time.perf_counter()
-        baseline = self._proof.baseline if verify else None
+        baseline = self._proof.baseline_of(self.graph_module) if verify else None
         done = export_onnx(self.module, self._proof.info, path, verify=verify, baseline=baseline)
         record = OnnxFile(done.path, done.size_bytes, done.opset, done.external_data, done.verdict)
         after = replace(self.report.after, size_bytes=done.size_bytes)
@@ -104,9 +108,14 @@ class OptimizeResult:
         info = self._proof.info
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp.pt2")
         try:
-            exported = export_model(
-                self.module, CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
-            )
+            inputs, shapes = CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
+            freed = any(EXAMPLE_SHAPE in node.meta for node in self.graph_module.graph.nodes)
+            if freed:
+                wide, shapes = free_call(self.module, info)  # a pass has freed sizes
+                inputs = CallInputs(wide.args, dict(wide.kwargs or {}))
+            exported = export_model(self.module, inputs, shapes)
+            if freed:
+                _accept(exported.program, info.args, info.kwargs)
             with quiet():
                 torch.export.save(exported.program, temporary)
             os.replace(temporary, target)
@@ -115,3 +124,21 @@ class OptimizeResult:
         finally:
             temporary.unlink(missing_ok=True)
         return target
+
+
+def _accept(program: ExportedProgram, args: Any, kwargs: Any) -> None:
+    """Let an exported program take the example's own sizes, and all above them.
+
+    It was traced at larger ones, where a map has more than one position; torch writes that down as a
+    condition, though every call of the program runs at one position as well.
+    """
+    example = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    names = set(program.graph_signature.user_inputs)
+    traced = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in names]
+    inputs = [value for value in traced if isinstance(value, torch.Tensor)]
+    for value, given in zip(inputs, example, strict=True):
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        for axis, size in enumerate(sizes):
+            if axis and not isinstance(size, int):
+                program.range_constraints[size.node.expr] = ValueRanges(given.shape[axis], int_oo)
+    program._guards_code = []

@@ -129,9 +129,25 @@ def _signature(before: fx.GraphModule, after: fx.GraphModule) -> Finding | None:
     if infos[0] != infos[1]:
         return "signature", "changed how the graph takes its arguments (graph._codegen)"
     rules = [getattr(gm.graph._codegen, "rules", None) for gm in (before, after)]
-    if repr(rules[0]) != repr(rules[1]):  # as text, since NaN is fixed at NaN
+    if repr(rules[0]) != repr(_as_strict(*rules)):  # as text, since NaN is fixed at NaN
         return "signature", "changed what the graph checks its arguments for (graph._codegen.rules)"
     return None
+
+
+def _as_strict(old: Any, new: Any) -> Any:
+    """New rules with the sizes fixed again that they let grow from the old ones on."""
+    if old is None or new is None or len(old.inputs) != len(new.inputs):
+        return new
+    freed = set()
+    inputs = []
+    for (*_, was), (name, kind, now) in zip(old.inputs, new.inputs, strict=True):
+        if isinstance(was, tuple) and isinstance(now, tuple) and len(was) == len(now):
+            grown = {(b, a, None) for a, b in zip(was, now, strict=True)} & set(new.sizes)
+            freed |= grown
+            now = tuple(a if (b, a, None) in grown else b for a, b in zip(was, now, strict=True))
+        inputs.append((name, kind, now))
+    bounds = tuple(bound for bound in new.sizes if bound not in freed or bound in old.sizes)
+    return new._replace(inputs=tuple(inputs), sizes=bounds)
 
 
 def _outputs(
