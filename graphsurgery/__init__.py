@@ -15,10 +15,12 @@ from graphsurgery.errors import (
     CaptureError,
     ExportError,
     GraphSurgeryError,
+    NotAffineError,
     PassError,
     RuntimeUnavailableError,
     VerificationError,
 )
+from graphsurgery.matrix import AffineMatrix, affine_matrix
 from graphsurgery.pipeline import OptimizeResult, inspect, optimize
 from graphsurgery.report import Report
 from graphsurgery.restore import restore
@@ -39,6 +41,7 @@ from graphsurgery.verify import Verdict, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffineMatrix",
     "CaptureError",
     "Change",
     "Event",
@@ -46,6 +49,7 @@ __all__ = [
     "GraphSurgeryError",
     "ManagerResult",
     "NodeRef",
+    "NotAffineError",
     "OptimizeResult",
     "Pass",
     "PassError",
@@ -59,6 +63,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "__version__",
+    "affine_matrix",
     "capture",
     "inspect",
     "optimize",

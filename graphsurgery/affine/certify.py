@@ -50,7 +50,7 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     run = region.runner(batch)
     with torch.no_grad():
         wanted, positions = _by_channel(region, run(x), batch)
-        gain = _louder(wanted, positions)
+        gain = louder(wanted, positions)
         if gain > 1:
             x = x * gain
             wanted, positions = _by_channel(region, run(x), batch)
@@ -97,11 +97,15 @@ def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int])
     return float((error / unit.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
-def _louder(value: torch.Tensor, positions: Sequence[int]) -> float:
+def louder(value: torch.Tensor, positions: Sequence[int]) -> float:
     """How much larger the input has to be so that what it makes is no less than the shift beside it.
 
     Coefficients that are small beside the shift would else be compared below its rounding. A variation
     that is no more than rounding itself, of branches that cancel, is not made larger.
+
+    Args:
+        value: float64, what a random input made.
+        positions: the dimensions along which a channel varies.
     """
     largest = float(value.abs().max())
     variation = float((value.amax(list(positions)) - value.amin(list(positions))).max())
