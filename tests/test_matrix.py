@@ -422,7 +422,7 @@ def test_a_wrong_matrix_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> No
         return torch.ones(parts[-1].shape[0], parts[0].shape[1], dtype=torch.float64)
 
     monkeypatch.setattr("graphsurgery.matrix.assembled", wrong)
-    with pytest.raises(gs.VerificationError, match="differs from the stretch 'input' -> 'conv2d'"):
+    with pytest.raises(gs.VerificationError, match="differs from the stretch 'input_1' -> 'conv2d'"):
         gs.affine_matrix(nn.Conv2d(4, 4, 3), torch.randn(2, *MAP))
 
 

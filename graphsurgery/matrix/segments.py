@@ -20,7 +20,7 @@ from torch import fx
 
 from graphsurgery.affine.atoms import Atom, Axes, NoFold, Window
 from graphsurgery.affine.kernel import kernel_pieces
-from graphsurgery.affine.region import Region, Scope
+from graphsurgery.affine.region import Region, Scope, is_heavy
 from graphsurgery.affine.roles import Roles
 from graphsurgery.errors import NotAffineError
 from graphsurgery.matrix.stretch import Stretch
@@ -199,6 +199,9 @@ class Segment:
         )
 
 
+_Part = tuple[fx.Node, fx.Node, Axes]  # first value, last value, and what lies between does to the axes
+
+
 def segments(stretch: Stretch) -> list[Segment]:
     """The stretch cut so that no segment mixes an axis that its layers, one by one, read through windows.
 
@@ -209,10 +212,10 @@ def segments(stretch: Stretch) -> list[Segment]:
         return [
             Segment(Region(stretch.scope, stretch.entry, stretch.exit, stretch.axes(*[stretch.entry] * 2)))
         ]
-    found: list[tuple[fx.Node, fx.Node, Axes]] = []
+    found: list[_Part] = []
     for start, stop in pairwise(stretch.cuts()):
         step = stretch.axes(start, stop)
-        joined = _joined(stretch, found[-1], stop, step) if found else None
+        joined = _joined(stretch, found[-1], (start, stop, step)) if found else None
         if joined is None:
             found.append((start, stop, _expressible(step)))
         else:
@@ -220,15 +223,14 @@ def segments(stretch: Stretch) -> list[Segment]:
     return [Segment(Region(stretch.scope, start, stop, axes)) for start, stop, axes in found]
 
 
-def _joined(
-    stretch: Stretch, before: tuple[fx.Node, fx.Node, Axes], stop: fx.Node, step: Axes
-) -> Axes | None:
+def _joined(stretch: Stretch, before: _Part, step: _Part) -> Axes | None:
     """The axes of a segment and the step behind it as one; None where that would lose windows."""
     try:
-        whole = stretch.axes(before[0], stop)
+        whole = stretch.axes(before[0], step[1])
     except NotAffineError:
         return None
-    kept = _lossless(before[2], step, whole) and _expressible(whole) is whole
+    heavy = any(is_heavy(node) for node in stretch.scope.between(*step[:2]))
+    kept = _lossless(before[2], step[2], whole, heavy) and _expressible(whole) is whole
     return whole if kept else None
 
 
@@ -250,10 +252,14 @@ def _windows(axes: Axes) -> list[Window]:
     return [atom.window for atom in axes.atoms() if atom.window]
 
 
-def _lossless(first: Axes, second: Axes, whole: Axes) -> bool:
-    """Whether two segments as one mix only what the first mixes, or the second of what the first carries."""
+def _lossless(first: Axes, second: Axes, whole: Axes, heavy: bool) -> bool:
+    """Whether two segments as one mix only what the first mixes, or a layer of what the first carries.
+
+    A second segment without weights (not `heavy`) that mixes positions, such as an interpolation, is one
+    small map for each channel, and better left so.
+    """
     mixed = list(first.gone)
-    for axis, dim in enumerate(first.dims):
+    for axis, dim in enumerate(first.dims if heavy else ()):
         stride = 1
         for atom in reversed(dim):
             reach = Atom(atom.size, axis, stride)
