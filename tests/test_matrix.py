@@ -219,6 +219,19 @@ def test_the_dense_matrix_never_exists() -> None:
         assert 3 * kept + 64e6 < dense / 30
 
 
+def test_a_convolution_is_doubly_block_toeplitz_of_its_weight_bit_for_bit() -> None:
+    model = seeded(lambda: nn.Conv2d(3, 4, 3, padding=1))
+    found = gs.affine_matrix(model, torch.randn(2, 3, 6, 5), form="sparse")
+    blocks = found.matrix.to_dense().reshape(4, 6, 5, 3, 6, 5)
+    weight = model.weight.detach().double()
+    for row in range(6):
+        for column in range(5):
+            at = torch.zeros(4, 3, 8, 7, dtype=torch.float64)  # the padded map
+            at[:, :, row : row + 3, column : column + 3] = weight
+            assert torch.equal(blocks[:, row, column], at[:, :, 1:-1, 1:-1])
+    assert torch.equal(found.bias.reshape(4, 6, 5)[:, 2, 3], model.bias.detach().double())
+
+
 def test_auto_takes_what_is_smaller() -> None:
     model = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 5)))
     full = gs.affine_matrix(model, torch.randn(2, 9, 8))
@@ -306,6 +319,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, str]] = {
         r"abs.*test_matrix\.py:\d+",
     ),
     "samples-in-a-row": (lambda: Call(lambda conv, x: x - x.mean(0)), {}, "batch-mixed", "samples together"),
+    "token": (
+        lambda: Call(lambda conv, x: torch.cat([conv.weight[:1].mean().expand(len(x), 4, 9, 1), x], 3)),
+        {},
+        "unsupported",
+        "expand.*made of parameters",
+    ),
     "batch-second": (lambda: Call(lambda conv, x: conv(x).transpose(0, 1)), {}, "batch-order", "batch"),
     "constant": (lambda: Call(lambda conv, x: conv.bias * 2), {}, "constant", "does not depend"),
     "not-finite": (lambda: Call(lambda conv, x: conv(x) * float("inf")), {}, "not-finite", "finite"),

@@ -89,6 +89,10 @@ class _ZeroPad(rules.Step):
 
 
 def _follow(scope: Scope, node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Axes:
+    if not rules.live_operands(node, scope.constant):  # such as a token that is repeated for each sample
+        raise NoFold(
+            "unsupported", "a value of the batch's size is made of parameters, which is not followed"
+        )
     try:
         return rules.follow(node, axes_of, scope.constant, scope.sizes)
     except NoFold as refusal:
