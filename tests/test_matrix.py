@@ -320,7 +320,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, str]] = {
     ),
     "samples-in-a-row": (lambda: Call(lambda conv, x: x - x.mean(0)), {}, "batch-mixed", "samples together"),
     "token": (
-        lambda: Call(lambda conv, x: torch.cat([conv.weight[:1].mean().expand(len(x), 4, 9, 1), x], 3)),
+        lambda: Call(lambda conv, x: torch.cat([conv.weight[:1].mean().expand(x.shape[0], 4, 9, 1), x], 3)),
         {},
         "unsupported",
         "expand.*made of parameters",

@@ -82,7 +82,8 @@ class Segment:
             if label is None or label != _first(self.out, roles.exit_sizes):
                 raise NotAffineError(
                     f"the batch does not lead both ends of the stretch, {region.entry.name!r} and "
-                    f"{region.exit.name!r}; choose one whose ends keep it in front.",
+                    f"{region.exit.name!r}, or its samples are treated differently; choose a stretch whose "
+                    "ends keep it in front.",
                     "batch-order",
                 )
             if batch is not None:
