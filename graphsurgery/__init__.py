@@ -15,10 +15,12 @@ from graphsurgery.errors import (
     CaptureError,
     ExportError,
     GraphSurgeryError,
+    NotAffineError,
     PassError,
     RuntimeUnavailableError,
     VerificationError,
 )
+from graphsurgery.matrix import AffineMatrix, affine_matrix
 from graphsurgery.pipeline import (
     FeatureEnergy,
     HeadSubspace,
@@ -48,6 +50,7 @@ from graphsurgery.verify import Verdict, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffineMatrix",
     "CaptureError",
     "Change",
     "Event",
@@ -57,6 +60,7 @@ __all__ = [
     "HeadSubspace",
     "ManagerResult",
     "NodeRef",
+    "NotAffineError",
     "OptimizeResult",
     "Pass",
     "PassError",
@@ -71,6 +75,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "__version__",
+    "affine_matrix",
     "capture",
     "head_subspace",
     "inspect",

@@ -6,7 +6,8 @@ GraphSurgeryError
 ├── PassError                a pass is unknown, raised, or broke what it declares
 ├── VerificationError        two programs that should agree do not
 ├── ExportError              an ONNX file could not be written whole
-└── RuntimeUnavailableError  a runtime that was asked for is not installed
+├── NotAffineError           a stretch of a network has no matrix
+└── RuntimeUnavailableError  a runtime or package that was asked for is not installed
 ```
 
 Every message is one sentence: what, where (pass, node, source line), expected, got, what to do.
@@ -19,6 +20,7 @@ __all__ = [
     "CaptureError",
     "ExportError",
     "GraphSurgeryError",
+    "NotAffineError",
     "PassError",
     "RuntimeUnavailableError",
     "VerificationError",
@@ -45,5 +47,19 @@ class ExportError(GraphSurgeryError):
     """An ONNX file could not be written whole."""
 
 
+class NotAffineError(GraphSurgeryError):
+    """A stretch of a network computes no `A x + b` of each sample; the message names the op and its line.
+
+    Attributes:
+        code: stable code of the reason: that of the engine's refusal (`not-affine`, `batch-mixed`, ...), or
+            `several-inputs`, `several-outputs`, `constant`, `batch-order`, `structure`, `position-bias`,
+            `not-finite`, `unsupported`.
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class RuntimeUnavailableError(GraphSurgeryError):
-    """A runtime that was asked for is not installed."""
+    """A runtime, or the package behind an optional feature, that was asked for is not installed."""

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewrite": {"errors", "values", "graph", "cost"},
     "passes": {"errors", "values", "calls", "graph", "cost", "affine", "rewrite"},
     "capture": {"errors", "values", "calls", "graph"},
+    "matrix": {"errors", "values", "graph", "cost", "affine", "capture"},
     "restore": {"errors", "values", "graph", "layers"},
     "verify": {"errors", "values", "graph", "export"},
     "export": {"errors", "values", "graph", "verify"},
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {
         *("errors", "graph", "cost", "rewrite", "passes", "capture", "restore"),
-        *("verify", "export", "report", "pipeline"),
+        *("verify", "export", "report", "pipeline", "matrix"),
     },
 }
 # Packages that only these rooms may import.
@@ -45,6 +46,7 @@ ONLY: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"cli", "report"},
     "openvino": {"export"},
+    "matplotlib": {"matrix"},
 }
 
 

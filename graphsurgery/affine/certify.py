@@ -52,7 +52,7 @@ def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed
     run = region.runner(batch)
     with torch.no_grad():
         wanted, positions = _by_channel(region, run(x), batch)
-        gain = _louder(wanted, positions, run, x)
+        gain = louder(wanted, positions, run, x)
         if gain > 1:
             x = x * gain
             wanted, positions = _by_channel(region, run(x), batch)
@@ -99,7 +99,7 @@ def deviation(wanted: torch.Tensor, got: torch.Tensor, positions: Sequence[int])
     return float((error / unit.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
-def _louder(
+def louder(
     value: torch.Tensor,
     positions: Sequence[int],
     run: Callable[[torch.Tensor], torch.Tensor],
@@ -110,6 +110,12 @@ def _louder(
     Coefficients that are small beside the shift would else be compared below its rounding. A linear part that
     is no more than rounding itself, of branches that cancel, is not made larger: it comes out otherwise for
     another scale of the input.
+
+    Args:
+        value: float64, what a random input made.
+        positions: the dimensions along which a channel varies.
+        run: what made it, differentiable.
+        x: the input.
     """
     largest = float(value.abs().max())
     variation = float((value.amax(list(positions)) - value.amin(list(positions))).max())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from math import ceil, prod
 from typing import Any
 
@@ -75,7 +75,7 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
     if "weight" in form.slots or "scale" in form.slots:
         kernel = permuted_kernel(region, form)
         if kernel is None:
-            kernel, method = _Probe(region, roles, form.transposed).linear_part(budget)
+            kernel, method = Probe(region, roles, form.transposed).linear_part(budget)
         if "scale" in form.slots:
             slots["scale"] = _spread(kernel.flatten(), roles, roles.varied, roles.exit, form.slots["scale"])
         else:
@@ -83,6 +83,27 @@ def fill(region: Region, form: Form, budget: int = DEFAULT_BUDGET) -> Coefficien
     if {"bias", "shift"} & set(form.slots):
         slots.update(_shift(region, roles, form, slots.get(SLOT)))
     return Coefficients(form, slots, method)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows or columns of the canonical coefficients.
+
+    Attributes:
+        dim: the dimension of `K` that is cut: 1, features, or 2, gone coordinates.
+        start: the first of them.
+        values: `K[v, f, g, *taps]` of these only, float64.
+        whole: whether these are all.
+    """
+
+    dim: int
+    start: int
+    values: torch.Tensor
+    whole: bool
+
+    def of(self, kernel: torch.Tensor) -> torch.Tensor:
+        """The part of a whole kernel that this is."""
+        return kernel.narrow(self.dim, self.start, self.values.shape[self.dim])
 
 
 def _weight(kernel: torch.Tensor, form: Form) -> torch.Tensor:
@@ -156,7 +177,7 @@ Taps = tuple[list[int], ...]
 Look = tuple[torch.Tensor, tuple[int, ...], Taps]  # what was found, from where, and the taps to take of it
 
 
-def _facing(atom: Atom, transposed: bool) -> Window:
+def facing(atom: Atom, transposed: bool) -> Window:
     """An atom's window as a form reads it: ordinary, or transposed."""
     window = atom.window
     found = window and (window.reverse(atom.size) if transposed else window.ordinary())
@@ -165,34 +186,57 @@ def _facing(atom: Atom, transposed: bool) -> Window:
     return found
 
 
-class _Probe:
+class Probe:
     """The linear part of a region, by one-hots."""
 
     def __init__(self, region: Region, roles: Roles, transposed: bool) -> None:
+        """Take a region, its roles, and whether its windows are read as transposed ones."""
         self.region, self.roles, self.transposed = region, roles, transposed
-        self.windows = [_facing(roles.atoms[label], transposed) for label in roles.windowed]
+        self.windows = [facing(roles.atoms[label], transposed) for label in roles.windowed]
         self.order_out = (*roles.shared, *roles.varied, *roles.fresh, *roles.windowed)
         self.order_in = (*roles.shared, *roles.varied, *roles.gone, *roles.windowed)
         self._forward: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def linear_part(self, budget: int) -> tuple[torch.Tensor, str]:
         """`K[v, f, g, *taps]` and the method that found it."""
+        method = "columns" if self._by_columns else "rows"
+        pieces = self.pieces(budget)
+        first = next(pieces)
+        if first.whole:  # one look sees it all: nothing to put together
+            return first.values, method
+        kernel = torch.zeros(*self._size, *(w.taps for w in self.windows), dtype=torch.float64)
+        for piece in chain((first,), pieces):
+            piece.of(kernel).copy_(piece.values)
+        return kernel, method
+
+    @property
+    def _size(self) -> tuple[int, int, int]:
+        """Numbers of varied coordinates, features and gone coordinates."""
         roles = self.roles
-        features = roles.sizes(roles.fresh)
         gone = prod(roles.entry_sizes[a] for a in roles.gone)
-        varied = roles.sizes(roles.varied)
-        columns = self.transposed or (not self.windows and gone <= features)
-        method, look, count = ("columns", self._columns, gone) if columns else ("rows", self._rows, features)
-        chunks = list(self._chunks(count, budget))
-        if len(chunks) == 1 and not self.windows:  # one look sees it all: nothing to put together
-            ((kernel, _, _),) = look(*chunks[0])
-            return kernel, method
-        kernel = torch.zeros(varied, features, gone, *(w.taps for w in self.windows), dtype=torch.float64)
-        for start, stop, batch in chunks:
-            part = kernel[:, :, start:stop] if columns else kernel[:, start:stop]
+        return roles.sizes(roles.varied), roles.sizes(roles.fresh), gone
+
+    @property
+    def _by_columns(self) -> bool:
+        _, features, gone = self._size
+        return self.transposed or (not self.windows and gone <= features)
+
+    def pieces(self, budget: int) -> Iterator[Piece]:
+        """`K` piece by piece, each found within the budget: features by rows, gone coordinates by columns."""
+        dim, look = (2, self._columns) if self._by_columns else (1, self._rows)
+        size = list(self._size)
+        count = size[dim]
+        for start, stop, batch in self._chunks(count, budget):
+            whole = stop - start == count
+            if not self.windows:
+                ((found, _, _),) = look(start, stop, batch)
+                yield Piece(dim, start, found, whole)
+                continue
+            size[dim] = stop - start
+            part = torch.zeros(*size, *(w.taps for w in self.windows), dtype=torch.float64)
             for found, at, taps in look(start, stop, batch):
                 self._put(part, found, at, taps)
-        return kernel, method
+            yield Piece(dim, start, part, whole)
 
     def _chunks(self, count: int, budget: int) -> Iterator[tuple[int, int, int]]:
         """Stretches of one-hots and the batch size that holds each, under the memory budget."""

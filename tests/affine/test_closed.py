@@ -17,7 +17,7 @@ from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.certify import LIMIT as CERTIFIED
 from graphsurgery.affine.certify import residual
 from graphsurgery.affine.closed import Kernel, closed_form
-from graphsurgery.affine.coefficients import DEFAULT_BUDGET, _Probe, _shift, _weight
+from graphsurgery.affine.coefficients import DEFAULT_BUDGET, Probe, _shift, _weight
 from graphsurgery.affine.forms import Roles, candidates
 from graphsurgery.affine.region import Region
 
@@ -37,7 +37,7 @@ def compare(region: Region) -> int:
         if closed is None:
             continue
         roles = Roles(form.axes, len(shape))
-        kernel, _ = _Probe(region, roles, form.transposed).linear_part(DEFAULT_BUDGET)
+        kernel, _ = Probe(region, roles, form.transposed).linear_part(DEFAULT_BUDGET)
         probed = {"weight": _weight(kernel, form)}
         if "bias" in form.slots:
             probed.update(_shift(region, roles, form, None))
