@@ -6,6 +6,6 @@ do so (`rules`), finds by a minimum cut which of them should (`choice`), and wri
 permutes that are left (`write`).
 """
 
-from graphsurgery.layout.settle import Settled, settle
+from graphsurgery.layout.settle import NORM_PRICES, Settled, settle
 
-__all__ = ["Settled", "settle"]
+__all__ = ["NORM_PRICES", "Settled", "settle"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -71,13 +71,13 @@ class Exchange:
         gm: The graph as it was given.
         name: Name of the pass.
         only: Patterns of the module paths of the layers to exchange; none for all.
-        norms: Whether norms may be written for another layout, where that saves permutes.
+        norm_prices: See `graphsurgery.layout.settle`.
     """
 
     gm: fx.GraphModule
     name: str
     only: tuple[str, ...]
-    norms: bool
+    norm_prices: Mapping[str, float]
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -224,7 +224,7 @@ class Exchange:
         before = [NodeRef.of(node) for node in permutes(self.work)]
         spent = graph_cost(self.work)
         apart = copy_graph_module(self.work)
-        done = settle(apart, rewrite_norms=self.norms)
+        done = settle(apart, norm_prices=self.norm_prices)
         if not done.changed:
             return
         if not done.residual <= LIMIT:

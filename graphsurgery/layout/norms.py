@@ -9,7 +9,7 @@ recognised again (`lifted`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,6 @@ __all__ = ["fits", "lift", "written"]
 
 aten = torch.ops.aten
 
-BY_HAND, SEEN_FLAT = 0.3, 0.05
-"""What the two forms cost, where a permute costs 1."""
-
 Write = Callable[[Writer, Any], fx.Node]
 
 
@@ -43,8 +40,8 @@ def fits(node: fx.Node, order: Sequence[int]) -> bool:
     return order[1] == 1 or (order[-1] == 1 and free <= 1)
 
 
-def written(node: fx.Node, constant: frozenset[fx.Node]) -> tuple[Write, float] | None:
-    """How a norm is written in another order, and what that costs.
+def written(node: fx.Node, constant: frozenset[fx.Node]) -> Write | None:
+    """How a norm is written in another order.
 
     None for norms of half precision, which torch computes in float32 within, and where parameters are
     computed from live values.
@@ -56,12 +53,12 @@ def written(node: fx.Node, constant: frozenset[fx.Node]) -> tuple[Write, float] 
     if any(operand not in constant for operand in operands):
         return None
     if op_name(node) == "batch_norm":
-        return (lambda w, m: _batch_norm(w, node, given, m.reads)), SEEN_FLAT
+        return lambda w, m: _batch_norm(w, node, given, m.reads)
     if len(given["normalized_shape"]) != 1:
         return None
     if op_name(node) == "rms_norm" and given["eps"] is None:
         return None
-    return (lambda w, m: _layer_norm(w, node, given, m.reads)), BY_HAND
+    return lambda w, m: _layer_norm(w, node, given, m.reads)
 
 
 def _layer_norm(writer: Writer, node: fx.Node, given: dict[str, Any], order: Sequence[int]) -> fx.Node:
@@ -105,8 +102,12 @@ def _batch_norm(writer: Writer, node: fx.Node, given: dict[str, Any], order: Seq
 # -- the way back
 
 
-def lift(gm: fx.GraphModule) -> int:
+def lift(gm: fx.GraphModule, names: Collection[str]) -> int:
     """Write every norm of these two forms as the op itself between permutes, in `gm`.
+
+    Args:
+        gm: The graph to write in.
+        names: Names of the norms to look for.
 
     Returns:
         How many were found.
@@ -114,7 +115,9 @@ def lift(gm: fx.GraphModule) -> int:
     found = 0
     for node in reversed(list(gm.graph.nodes)):  # the last call of a norm comes before its parts
         if node.op == "call_function" and not node._erased:
-            found += _lift_batch_norm(gm, node) or _lift_layer_norm(gm, node)
+            found += "batch_norm" in names and _lift_batch_norm(gm, node)
+            if not node._erased:
+                found += _lift_layer_norm(gm, node, names)
     return found
 
 
@@ -185,7 +188,7 @@ def _lift_batch_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     return _between(gm, node, x, rank - 1, 1, lambda v: gm.graph.call_function(target, (v, *rest)))  # type: ignore[arg-type]
 
 
-def _lift_layer_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _lift_layer_norm(gm: fx.GraphModule, node: fx.Node, names: Collection[str]) -> bool:
     """The form by hand, over one axis, as `written` makes it; the last call of it is `node`."""
     found = _by_hand(node)
     if found is None:
@@ -193,7 +196,8 @@ def _lift_layer_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     x, centred, axis, eps, weight, bias = found
     features = tensor_meta(x).shape[axis]
     target: Any = aten.layer_norm.default if centred else aten.rms_norm.default
-    if not isinstance(features, int) or (bias is not None and not centred):
+    name = "layer_norm" if centred else "rms_norm"
+    if name not in names or not isinstance(features, int) or (bias is not None and not centred):
         return False
     tail = (weight, bias, eps, False) if centred else (weight, eps)
     last = tensor_meta(x).dim() - 1

@@ -58,13 +58,13 @@ class Rule:
         onward: The order made of operands in an order; None if it cannot be.
         back: The order of operands that makes an order; None if there is none.
         write: Writes the call in a mode.
-        extra: What working in another order costs, where a permute costs 1.
+        norm: Whether it is a norm, which is another program in another order.
     """
 
     onward: Callable[[Order], Order | None]
     back: Callable[[Order], Order | None]
     write: Callable[[Writer, Mode], fx.Node]
-    extra: float = 0.0
+    norm: bool = False
 
 
 def rule_of(node: fx.Node, constant: frozenset[fx.Node], sizes: Sizes) -> Rule | None:
@@ -99,7 +99,7 @@ def rule_of(node: fx.Node, constant: frozenset[fx.Node], sizes: Sizes) -> Rule |
         if written is None:
             return None
         kept = lambda order: order if norms.fits(node, order) else None  # noqa: E731 (both ways)
-        return Rule(kept, kept, *written)
+        return Rule(kept, kept, written, norm=True)
     if not is_tensor(node):
         return None
     copies = name in _COPIES and node.kwargs.get("memory_format") in (
@@ -124,8 +124,8 @@ def _scalar_prelu(node: fx.Node) -> bool:
     return tensor_meta(node.args[1]).numel() == 1 and op_name(node) == "prelu"
 
 
-def _same(write: Callable[[Writer, Mode], fx.Node], extra: float = 0.0) -> Rule:
-    return Rule(lambda order: order, lambda order: order, write, extra)
+def _same(write: Callable[[Writer, Mode], fx.Node]) -> Rule:
+    return Rule(lambda order: order, lambda order: order, write)
 
 
 def _alike(writer: Writer, node: fx.Node, mode: Mode) -> fx.Node:

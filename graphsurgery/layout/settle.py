@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -23,9 +23,12 @@ from graphsurgery.layout.write import Writer
 from graphsurgery.rewrite.moves import axis_order
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 
-__all__ = ["PREFERRED", "Settled", "permutes", "settle"]
+__all__ = ["NORM_PRICES", "PREFERRED", "Settled", "permutes", "settle"]
 
 _ROUNDS = 4
+
+NORM_PRICES = {"layer_norm": 0.3, "rms_norm": 0.3, "batch_norm": 0.05}
+"""What writing a norm for another layout costs, where a permute costs 1."""
 
 PREFERRED = "graphsurgery_preferred"
 """Key in the `meta` of the permutes to start from."""
@@ -52,7 +55,7 @@ def permutes(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "call_function" and n not in constant and axis_order(n)]
 
 
-def settle(gm: fx.GraphModule, *, rewrite_norms: bool = True) -> Settled:
+def settle(gm: fx.GraphModule, *, norm_prices: Mapping[str, float] = NORM_PRICES) -> Settled:
     """Write the graph of `gm` anew with fewer permutes, if there is a way.
 
     Where calls could take one of several orders they take that of the nearest permute, and of one with
@@ -60,19 +63,19 @@ def settle(gm: fx.GraphModule, *, rewrite_norms: bool = True) -> Settled:
 
     Args:
         gm: A captured graph; its graph is replaced, its attributes stay.
-        rewrite_norms: Whether norms may be written for another layout, where that saves permutes.
+        norm_prices: What writing a norm of a name for another layout costs, where a permute costs 1; a norm
+            that is not named stays as it is.
 
     Returns:
         What was done; nothing where no permute would be saved.
     """
     work = copy_graph_module(gm)
-    if rewrite_norms:
-        norms.lift(work)
+    norms.lift(work, norm_prices)
     done = Settled()
     load = _load(work)
     for _ in range(_ROUNDS):
         before = work.graph
-        work.graph, step = _Plan(work, rewrite_norms).written()
+        work.graph, step = _Plan(work, norm_prices).written()
         if _load(work) >= load:
             work.graph = before
             break
@@ -93,7 +96,7 @@ class _Plan:
     """One graph, the orders its calls may work in, and those they shall."""
 
     gm: fx.GraphModule
-    rewrite_norms: bool
+    norm_prices: Mapping[str, float]
     rules: dict[fx.Node, Rule] = field(default_factory=dict)
     modes: dict[fx.Node, Mode] = field(default_factory=dict)
     aliases: dict[fx.Node, tuple[fx.Node, Order]] = field(default_factory=dict)
@@ -113,7 +116,7 @@ class _Plan:
                 continue
             if node.op == "call_function" and node.target is not getitem:
                 rule = rule_of(node, self.constant, self.sizes)
-                if rule is not None and (self.rewrite_norms or not rule.extra):
+                if rule is not None and (not rule.norm or op_name(node) in self.norm_prices):
                     self.rules[node] = rule
             for operand in node.all_input_nodes:
                 if is_tensor(operand) and operand not in self.constant and not _only_size(node):
@@ -187,6 +190,15 @@ class _Plan:
 
     # -- which order each call shall work in
 
+    def price(self, node: fx.Node) -> float:
+        """What working in another order costs in itself, where a permute costs 1."""
+        if not self.rules[node].norm:
+            return 0.0
+        native = (
+            op_name(node) != "batch_norm" and self.modes[node].reads[-1] == len(self.modes[node].reads) - 1
+        )
+        return 0.0 if native else self.norm_prices[op_name(node)]
+
     def terms(self) -> list[Term]:
         """Prices of all copies of all values."""
         largest = max((self.elements(value) for value in self.readers), default=1) or 1
@@ -225,7 +237,7 @@ class _Plan:
 
     def written(self) -> tuple[fx.Graph, Settled]:
         """The graph in the orders that cost least."""
-        extra = {node: int(UNIT * self.rules[node].extra) + 10 for node in self.modes}
+        extra = {node: int(UNIT * self.price(node)) + 10 for node in self.modes}
         chosen = choose(self.terms(), extra)
         writer = Writer(self.gm, self.sizes, self.constant)
         turned: list[str] = []

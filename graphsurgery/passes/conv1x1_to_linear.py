@@ -22,12 +22,16 @@ from torch import fx
 
 from graphsurgery.calls import arguments
 from graphsurgery.layout.exchange import Exchange, Layout, Refused, check_options
+from graphsurgery.layout.settle import NORM_PRICES
 from graphsurgery.rewrite.contracts import Pass, PassResult
 from graphsurgery.values import tensor_meta
 
 __all__ = ["Conv1x1ToLinear"]
 
 aten = torch.ops.aten
+
+# In permutes: layer norms are at home where the layers go, and leave it to save more than two only.
+_LAYER_NORM = {"layer_norm": 2.1, "rms_norm": 2.1}
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Conv1x1ToLinear(Pass):
        patches.
 
     Attributes:
-        layout: `"channels-last"` keeps everything between the layers channels last, batch norms on
-            `(N, C)` where that saves permutes; `"channels-first"` keeps norms as they are.
+        layout: `"channels-last"` lets everything between the layers be channels last, and has batch norms
+            work on `(N, C)` where that saves permutes; `"channels-first"` leaves batch norms as they are, so
+            that only what lies between two of them is channels last.
         only: Patterns (as for file names) of the module paths of the layers to exchange; none for all.
         patches: Whether convolutions whose kernel is their stride are exchanged too.
     """
@@ -64,7 +69,8 @@ class Conv1x1ToLinear(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
-        exchange = Exchange(gm, self.name, self.only, norms=self.layout == "channels-last")
+        prices = (NORM_PRICES if self.layout == "channels-last" else {}) | _LAYER_NORM
+        exchange = Exchange(gm, self.name, self.only, prices)
         for node in exchange.layers(("conv1d", "conv2d", "conv3d")):
             geometry = _Geometry.of(node)
             if node.args[1] not in exchange.constant:

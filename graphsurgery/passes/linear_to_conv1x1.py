@@ -19,6 +19,7 @@ from torch import fx
 from graphsurgery.calls import arguments
 from graphsurgery.cost import op_name
 from graphsurgery.layout.exchange import Exchange, Layout, Refused, check_options
+from graphsurgery.layout.settle import NORM_PRICES
 from graphsurgery.rewrite.contracts import Pass, PassResult
 from graphsurgery.rewrite.moves import is_reshape
 from graphsurgery.values import tensor_meta
@@ -29,6 +30,8 @@ aten = torch.ops.aten
 
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TO_THE_END = 2**62
+# In permutes: batch norms are at home where the layers go, and leave it to save more than two only.
+_BATCH_NORM = {"batch_norm": 2.1}
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class LinearToConv1x1(Pass):
     3. Slices by a stride before it become the stride of the convolution.
 
     Attributes:
-        layout: `"channels-first"` keeps everything between the layers channels first, layer norms by hand
-            where that saves permutes; `"channels-last"` keeps norms as they are, and what lies between two
-            norms channels first.
+        layout: `"channels-first"` lets everything between the layers be channels first, and writes layer
+            norms by hand where that saves permutes; `"channels-last"` leaves layer norms as they are, where
+            the channels are last, so that only what lies between two of them is channels first.
         only: Patterns (as for file names) of the module paths of the layers to exchange; none for all.
     """
 
@@ -64,7 +67,8 @@ class LinearToConv1x1(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
-        exchange = Exchange(gm, self.name, self.only, norms=self.layout == "channels-first")
+        prices = (NORM_PRICES if self.layout == "channels-first" else {}) | _BATCH_NORM
+        exchange = Exchange(gm, self.name, self.only, prices)
         for node in exchange.layers(("linear",)):
             weight: Any = node.args[1]
             if weight in exchange.constant and tensor_meta(weight).dim() == 2:
