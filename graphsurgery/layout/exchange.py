@@ -26,7 +26,7 @@ from graphsurgery.graph import (
 from graphsurgery.layout.certify import apart, drawn, evaluator
 from graphsurgery.layout.orders import Order
 from graphsurgery.layout.settle import PREFERRED, permutes, settle
-from graphsurgery.layout.write import permute
+from graphsurgery.layout.write import permute, sized_as
 from graphsurgery.rewrite.aliases import newly_shared, reads_memory, same_layout
 from graphsurgery.rewrite.contracts import Change, NodeRef, PassResult, Refusal
 from graphsurgery.rewrite.moves import is_reshape
@@ -117,7 +117,7 @@ class Exchange:
         try:
             with self.work.graph.inserting_before(node):
                 new = make(node)
-            residual = self.certify(node, new)
+            residual = self.certify(node, new, self.new[len(start) :])
         except Refused as refused:
             self.undo(start)
             self.refuse(node, refused.code, refused.reason)
@@ -132,9 +132,9 @@ class Exchange:
         )
         self.changes.append(change)
         node.replace_all_uses_with(new)
-        weights = [o for o in node.all_input_nodes if o in self.constant]
+        operands = [o for o in node.all_input_nodes if o.op != "get_attr"]
         self.work.graph.erase_node(node)
-        erase_unread(o for o in weights if o.op != "get_attr")
+        erase_unread(operands)
 
     def undo(self, start: list[fx.Node]) -> None:
         """Erase what was written since."""
@@ -146,13 +146,14 @@ class Exchange:
         """Record that a layer stays."""
         self.refusals.append(Refusal(self.name, code, (NodeRef.of(node),), reason))
 
-    def certify(self, old: fx.Node, new: fx.Node) -> float:
-        """Deviation of the new calls from the layer, in float64 on one random input.
+    def certify(self, old: fx.Node, new: fx.Node, calls: Sequence[fx.Node]) -> float:
+        """Deviation of the new calls from the layer, in float64 on one random value of what they read.
 
         Raises:
             Refused: It is too large, or a weight is not finite.
         """
-        entry: Any = old.args[0]
+        read = (o for n in calls for o in n.all_input_nodes if is_tensor(o))
+        entry = next(o for o in read if o not in calls and o not in self.constant)
         x = drawn(entry, self.sizes, 0)
         with torch.no_grad():
             wanted = evaluator(self.work, self.sizes, {entry: x})(old)
@@ -295,6 +296,11 @@ def _cancel_views(gm: fx.GraphModule) -> None:
 
 def _keep_layout(before: fx.GraphModule, after: fx.GraphModule) -> None:
     """Give outputs that were contiguous back so, and no copy that is not needed for it."""
+    for node in after.graph.nodes:  # strides have changed on the way
+        if node.op == "call_function" and is_tensor(node):
+            sizes = list(tensor_meta(node).shape)
+            annotate(after, node)
+            sized_as(after, node, sizes)
     old, new = (pytree.tree_leaves(gm.graph.output_node().args[0]) for gm in (before, after))
     for was, node in zip(old, new, strict=True):
         if not isinstance(was, fx.Node) or not is_tensor(was) or node.op != "call_function":
@@ -305,7 +311,10 @@ def _keep_layout(before: fx.GraphModule, after: fx.GraphModule) -> None:
                 node.replace_all_uses_with(source)
                 after.graph.erase_node(node)
             continue
-        if not same_layout(tensor_meta(was), tensor_meta(node)) and tensor_meta(was).is_contiguous():
+        # whether a reshape copies is not known for certain before it runs
+        doubt = is_reshape(node) and not tensor_meta(source).is_contiguous()
+        kept = same_layout(tensor_meta(was), tensor_meta(node)) and not doubt
+        if not kept and tensor_meta(was).is_contiguous():
             output = after.graph.output_node()
             with after.graph.inserting_before(output):
                 copy = after.graph.call_function(

@@ -251,6 +251,7 @@ class _Plan:
             if node in chosen and node in self.modes:
                 mode = self.modes[node]
                 writer.made[node] = self.rules[node].write(writer, mode), mode.makes
+                writer.expect(writer.made[node][0], node, mode.makes)
                 turned.append(node.name)
                 certified = certificate(writer, node, mode.makes)
                 residual = max(residual, certified)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphsurgery.graph import annotate, origin
+from graphsurgery.graph import annotate, fake_mode, origin
 from graphsurgery.layout.orders import Order, moves, natural, relative, through
 from graphsurgery.rewrite.moves import axis_order, is_reshape
-from graphsurgery.values import Sizes, tensor_meta
+from graphsurgery.values import Sizes, is_tensor, tensor_meta
 
-__all__ = ["Writer", "permute"]
+__all__ = ["Writer", "as_arguments", "permute", "sized_as"]
 
 aten = torch.ops.aten
 
@@ -63,6 +63,11 @@ class Writer:
             node.meta.update(origin(self._now))
         annotate(self.gm, node)
         return node
+
+    def expect(self, new: fx.Node, old: fx.Node, order: Order) -> None:
+        """Keep the sizes of an old value for the new one: fake kernels may lose symbols."""
+        if is_tensor(old):
+            sized_as(self.gm, new, [tensor_meta(old).shape[axis] for axis in order])
 
     def read(self, value: fx.Node, order: Order | None = None) -> fx.Node:
         """An old value in an order (None: natural), permuted if it was not made in it."""
@@ -129,6 +134,14 @@ def _trimmed(shape: list[int]) -> list[int]:
     """A shape without its leading axes of size 1."""
     lead = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
     return shape[lead:]
+
+
+def sized_as(gm: fx.GraphModule, node: fx.Node, sizes: list[Any]) -> None:
+    """Give the recorded value of a node these sizes, if it has others."""
+    value = tensor_meta(node)
+    if str(sizes) != str(list(value.shape)):
+        with fake_mode(gm):
+            node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
 
 
 def as_arguments(shape: list[Any]) -> list[Any]:
