@@ -31,7 +31,7 @@ aten = torch.ops.aten
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TO_THE_END = 2**62
 # In permutes: batch norms are at home where the layers go, and leave it to save more than two only.
-_BATCH_NORM = {"batch_norm": 2.1}
+_BATCH_NORM = {"batch_norm": 2.5}
 
 
 @dataclass(frozen=True)
