@@ -1,4 +1,4 @@
-"""Imports go one way: `cli -> report, pipeline -> passes -> rewrite, affine -> cost, graph -> errors`."""
+"""Imports go one way: `cli -> report, pipeline -> passes -> layout -> rewrite, affine -> graph -> errors`."""
 
 from __future__ import annotations
 
