@@ -1,4 +1,4 @@
-"""Imports go one way: `cli -> report, pipeline -> passes -> rewrite, affine -> cost, graph -> errors`."""
+"""Imports go one way: `cli -> report, pipeline -> passes -> layout -> rewrite, affine -> graph -> errors`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"errors", "values", "graph"},
     "affine": {"errors", "values", "graph", "cost"},
     "rewrite": {"errors", "values", "graph", "cost"},
-    "passes": {"errors", "values", "calls", "graph", "cost", "affine", "rewrite"},
+    "layout": {"errors", "values", "calls", "graph", "cost", "affine", "rewrite"},
+    "passes": {"errors", "values", "calls", "graph", "cost", "affine", "rewrite", "layout"},
     "capture": {"errors", "values", "calls", "graph"},
     "matrix": {"errors", "values", "graph", "cost", "affine", "capture"},
     "restore": {"errors", "values", "graph", "layers"},

@@ -50,7 +50,7 @@ class Stretch:
         """
         if not self.nodes:
             return x
-        with torch.no_grad():
+        with torch.set_grad_enabled(x.requires_grad):  # of such an input only the derivative is right
             return runner(self.scope, self.entry, self.nodes, batch)(x)
 
     def cuts(self) -> list[fx.Node]:

@@ -14,12 +14,14 @@ from collections.abc import Iterable
 from graphsurgery.cost import FLOPS, CostModel, cost_model
 from graphsurgery.errors import PassError
 from graphsurgery.passes.commute_pointwise import CommutePointwise
+from graphsurgery.passes.conv1x1_to_linear import Conv1x1ToLinear
 from graphsurgery.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from graphsurgery.passes.eliminate_identity import EliminateIdentity
 from graphsurgery.passes.fold_affine import FoldAffine
 from graphsurgery.passes.fold_embedding import FoldEmbedding
 from graphsurgery.passes.fold_norm_affine import FoldNormAffine
 from graphsurgery.passes.fully_convolutional import FullyConvolutional
+from graphsurgery.passes.linear_to_conv1x1 import LinearToConv1x1
 from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.passes.split_head import SplitHead
 from graphsurgery.rewrite.contracts import Pass
@@ -28,12 +30,14 @@ from graphsurgery.rewrite.plugins import registered_passes
 __all__ = [
     "ALL_PASSES",
     "CommutePointwise",
+    "Conv1x1ToLinear",
     "EliminateCommonSubexpressions",
     "EliminateIdentity",
     "FoldAffine",
     "FoldEmbedding",
     "FoldNormAffine",
     "FullyConvolutional",
+    "LinearToConv1x1",
     "MergeSiblings",
     "SplitHead",
     "available",
@@ -52,6 +56,8 @@ ALL_PASSES: tuple[type[Pass], ...] = (
     MergeSiblings,
     SplitHead,
     FullyConvolutional,
+    LinearToConv1x1,
+    Conv1x1ToLinear,
 )
 
 
