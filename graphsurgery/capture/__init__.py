@@ -212,5 +212,6 @@ def _record(
         args=inputs.args,
         kwargs=inputs.kwargs,
         refused_batches=sizes.refused_batches(rules, inputs),
+        batch_axes=sizes.batch_axes(inputs),
     )
     return gm

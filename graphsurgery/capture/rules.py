@@ -126,11 +126,33 @@ class InputSizes:
 
     def refused_batches(self, rules: Rules, inputs: Inputs) -> tuple[int, ...]:
         """Return the batch sizes up to `TRIED` that the rules refuse; none where the batch is not free."""
-        batch = next((symbol for symbol, name in self.free.items() if name == "batch"), None)
+        batch = self._batch()
         if batch is None or not (rules.sizes or rules.conditions):
             return ()
         meta = inputs.map_tensors(lambda tensor: tensor.to("meta"))
         return tuple(size for size in range(1, TRIED + 1) if not self._accepts(rules, meta, batch, size))
+
+    def _batch(self) -> sympy.Symbol | None:
+        return next((symbol for symbol, name in self.free.items() if name == "batch"), None)
+
+    def batch_axes(self, inputs: Inputs) -> tuple[tuple[int, int, int, int], ...] | None:
+        """Return `CaptureInfo.batch_axes`; None where no input has the batch as it stands."""
+        batch = self._batch()
+        if batch is None:
+            return None
+        count = len(pytree.tree_leaves((inputs.args, inputs.kwargs)))
+        spec = pytree.tree_structure((inputs.args, inputs.kwargs))
+        order = self.flat(Inputs(*pytree.tree_unflatten(range(count), spec)))
+        found = []
+        for index, axis, expr in self._axes():
+            if batch not in expr.free_symbols:
+                continue
+            factor, offset = expr.coeff(batch, 1), expr.subs(batch, 0)
+            if not (factor.is_Integer and offset.is_Integer and expr == factor * batch + offset):
+                return None
+            tensor = isinstance(self._values[index], torch.Tensor)
+            found.append((order[index], axis if tensor else -1, int(factor), int(offset)))
+        return tuple(sorted(found))
 
     def _accepts(self, rules: Rules, inputs: Inputs, symbol: sympy.Symbol, size: int) -> bool:
         changed = self.resized(inputs, symbol, size)

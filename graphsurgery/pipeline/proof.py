@@ -73,6 +73,7 @@ class Proof:
             self.example,
             dynamic_batch=self.info.dynamic_batch,
             refused_batches=self.info.refused_batches,
+            batch_axes=self.info.batch_axes,
         )
 
     def check_captured(self) -> None:
