@@ -58,8 +58,8 @@ class CaptureInfo:
         kwargs: Keyword example inputs as given, detached.
         refused_batches: Of the batch sizes 1 to 16 those that the graph does not hold for, where the batch is
             free.
-        batch_axes: The axes that change with a free batch: number of the flat argument (positional ones first,
-            keywords as given), axis (-1 for a number passed as it is), factor and offset: the size is
+        batch_axes: The axes that change with a free batch: number of the flat argument (positional ones
+            first, keywords as given), axis (-1 for a number passed as it is), factor and offset: the size is
             `factor * batch + offset`. None where that is not known.
     """
 
