@@ -226,15 +226,9 @@ class InputSizes:
             self._shapes,
         )
         settled = settle(space, conditions, run)
-        kept = list(settled.conditions)
         for symbol, values in settled.refused.items():
-            low, high = bounds[symbol]
-            if 0 in values or low == 1:
-                bounds[symbol] = (2 if 1 in values else 1, high)
-            else:
-                place = self._where[symbol]
-                kept.append(Condition(f"{self._text(place)} != 1", ("!=", place, 1)))
-        return kept
+            bounds[symbol] = (max(values) + 1, bounds[symbol][1])
+        return list(settled.conditions)
 
     def _symbols_in(self, expression: Any) -> set[sympy.Symbol] | None:
         exprs = [self._exprs[place] for place in places(expression) if place in self._exprs]
@@ -263,15 +257,15 @@ class InputSizes:
                 found[index] = size
         return found
 
-    def _lengths(self) -> tuple[tuple[str, int, tuple[Any, ...], int], ...]:
+    def _lengths(self) -> tuple[tuple[str, int, tuple[Any, ...], Any], ...]:
         info = self._codegen.pytree_info
-        found: list[tuple[str, int, tuple[Any, ...], int]] = []
+        found: list[tuple[str, int, tuple[Any, ...], Any]] = []
 
         def walk(spec: Any, name: str, number: int, path: tuple[Any, ...]) -> None:
             keys = spec.context if spec.type is dict else range(spec.num_children)
             if spec.type not in (list, tuple, dict) or not all(isinstance(key, (str, int)) for key in keys):
                 return
-            found.append((name, number, path, spec.num_children))
+            found.append((name, number, path, tuple(keys) if spec.type is dict else spec.num_children))
             for key, child in zip(keys, spec.children(), strict=True):
                 walk(child, f"{name}[{key!r}]", number, (*path, key))
 
@@ -449,7 +443,8 @@ def install(gm: fx.GraphModule, rules: Rules) -> tuple[str, ...]:
     """Make the code of `gm` check what it is called with; return a note for each argument that is fixed.
 
     The check is part of how the graph takes its arguments, so it stays with copies of the graph, is there
-    under `fx.Interpreter`, and is done while `torch.export` traces, whose own guards it becomes.
+    under `fx.Interpreter` (of lists and mappings where it is given the arguments; flat inputs have none), and
+    is done while `torch.export` traces, whose own guards it becomes.
     """
     if rules.inputs:
         info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it

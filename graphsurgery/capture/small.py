@@ -92,7 +92,7 @@ class Settled:
     Attributes:
         conditions: The conditions that remain, in order; `("or", ("==", expression, value), condition)` is
             one that is lifted for a value.
-        refused: The values, 0 and 1, that each free size may not have.
+        refused: Which of 1 and 0 each free size may not have: neither, only 0, or both.
     """
 
     conditions: tuple[Condition, ...]
@@ -128,7 +128,8 @@ class _Trials:
             for value in _SMALL:
                 if value < self._space.ranges[symbol][0]:
                     continue
-                lifted = self._try(place, value)
+                # A range has no hole: where 1 is refused, so is 0.
+                lifted = None if symbol in refused else self._try(place, value)
                 if lifted is None:
                     refused[symbol] = (*refused.get(symbol, ()), value)
                 for index in lifted or ():
@@ -150,9 +151,9 @@ class _Trials:
         usable = [sizes for (sizes, _), found in zip(points, broken, strict=True) if found == always]
         if not usable:
             return None
-        usable.sort(key=lambda sizes: sum(sizes.values()))
-        chosen = {0, len(usable) // 2, len(usable) - 1}
-        return always if all(self._run(usable[index]) for index in sorted(chosen)) else None
+        ordered = sorted(usable, key=lambda sizes: sum(sizes.values()))
+        chosen = (usable[0], ordered[0], ordered[-1])  # the first has most in common with the example
+        return always if all(map(self._run, chosen)) else None
 
     def _points(self, expression: Any, value: int) -> Iterator[tuple[Sizes, Sequence[Any]]]:
         """Sizes at which the expression has the value and no equation is broken, evenly taken of all."""

@@ -117,7 +117,7 @@ def test_small_maps_that_the_graph_holds_for_are_taken() -> None:
     ("function", "refused", "taken"),
     [
         (lambda a: a.sum(1) if a.shape[1] // 4 != 1 else a.sum(1) * 2, (4, 5, 7), (0, 1, 3, 8, 9)),
-        (lambda a: a.sum(1) if a.shape[1] // 4 > 1 else a.sum(1) * 2, (1, 3, 4, 7), (0, 8, 9)),
+        (lambda a: a.sum(1) if a.shape[1] // 4 > 1 else a.sum(1) * 2, (0, 1, 3, 4, 7), (8, 9)),
         (lambda a: a.sum(1) if a.shape[1] // 4 != 0 else a.sum(1) * 2, (1, 3), (4, 5, 8)),
         (lambda a: a.sum(1) if a.shape[1] % 3 != 0 else a.sum(1) * 2, (3, 6, 9), (1, 4, 7, 8)),
         (lambda a: a.sum(1) if a.shape[1] != 6 else a.sum(1) * 2, (6,), (0, 1, 2, 5, 7)),
@@ -207,7 +207,7 @@ def test_a_size_of_one_that_the_model_does_not_take_is_refused() -> None:
 
     gm = capture(Single(), _rows(6, 3))
     assert gm(_rows(2, 3)).shape == (2,)
-    with pytest.raises(ValueError, match=r"a.shape\[0\] != 1"):
+    with pytest.raises(ValueError, match="size 1 on axis 0, expected at least 2"):
         gm(_rows(1, 3))
 
 
