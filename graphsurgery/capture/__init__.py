@@ -12,13 +12,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphsurgery.capture.checked import Rules
+from graphsurgery.capture.checked import Rules, install
 from graphsurgery.capture.dialect import canonicalize, refuse_foreign
 from graphsurgery.capture.dynamic import given_sizes
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
 from graphsurgery.capture.inputs import Inputs, difference, normalize, refuse_nan
 from graphsurgery.capture.program import export_model, export_static, free_carriers, quiet, run_model
-from graphsurgery.capture.rules import InputSizes, install
+from graphsurgery.capture.rules import InputSizes
 from graphsurgery.capture.state import check_supported, evaluated, unwrap
 from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
 from graphsurgery.errors import CaptureError

@@ -17,7 +17,16 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphsurgery.capture.expressions import compiled, evaluate
 
-__all__ = ["FIXED_KINDS", "CheckedCodeGen", "Rules", "check_inputs", "check_lengths", "kind_of", "shape_text"]
+__all__ = [
+    "FIXED_KINDS",
+    "CheckedCodeGen",
+    "Rules",
+    "check_inputs",
+    "check_lengths",
+    "install",
+    "kind_of",
+    "shape_text",
+]
 
 FIXED_KINDS = (bool, int, float, str, type(None))
 _AGAIN = "capture the original model again with"
@@ -273,3 +282,21 @@ class CheckedCodeGen(_PyTreeCodeGen):
             ("_check_inputs", check_inputs),
             ("_check_lengths", check_lengths),
         ]
+
+
+def install(gm: fx.GraphModule, rules: Rules) -> tuple[str, ...]:
+    """Make the code of `gm` check what it is called with; return a note for each argument that is fixed.
+
+    The check is part of how the graph takes its arguments, so it stays with copies of the graph, is there
+    under `fx.Interpreter` (of lists and mappings where it is given the arguments; flat inputs have none), and
+    is done while `torch.export` traces, whose own guards it becomes.
+    """
+    if rules.inputs:
+        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
+        gm.graph._codegen = CheckedCodeGen(info, rules)
+        gm.recompile()
+    return tuple(
+        f"the argument {name!r} is fixed at {value!r}, as in the example"
+        for name, kind, value in rules.inputs
+        if kind == "fixed" and value is not None
+    )

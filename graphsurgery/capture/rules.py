@@ -21,12 +21,13 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from graphsurgery.capture.checked import FIXED_KINDS, CheckedCodeGen, Rules, check_inputs, kind_of
+from graphsurgery.capture.checked import FIXED_KINDS, Rules, check_inputs, kind_of
 from graphsurgery.capture.expressions import evaluate, places, translate
+from graphsurgery.capture.guards import GuardReader
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.capture.small import Condition, Sizes, Space, settle
 
-__all__ = ["TRIED", "InputSizes", "install"]
+__all__ = ["TRIED", "InputSizes"]
 
 TRIED = 16
 """Batch sizes up to this one are asked for in `InputSizes.refused_batches`."""
@@ -332,18 +333,17 @@ class InputSizes:
                     add(f"{self._text(place)} >= {low}", (">=", place, low), fixed=True)
                 if high is not None:
                     add(f"{self._text(place)} <= {high}", ("<=", place, high), fixed=True)
-        sources = self._sources()
+        reader = GuardReader(self._program, self._codegen, self._names)
         for guard in dict.fromkeys(self._program._guards_code or ()):
             try:
-                tree = ast.parse(guard, mode="eval").body
-                expression = translate(tree, lambda node: self._find(node, sources))
+                text, expression = reader.read(guard)
                 with contextlib.suppress(ArithmeticError):
                     evaluate(expression, self._leaves)
             except (LookupError, SyntaxError, TypeError, AttributeError, RecursionError):
                 notes.append(f"a condition of torch.export on the inputs is not checked in calls: {guard}")
                 continue
             if not self._is_said(expression):
-                add(self._readable(tree, sources), expression)
+                add(text, expression)
         return list(found.values()), tuple(notes)
 
     def _is_said(self, expression: Any) -> bool:
@@ -376,49 +376,6 @@ class InputSizes:
                     return ("//", ("-", self._place(index, axis), int(rest)), int(factor))
         return None
 
-    # -- torch's words for the inputs
-
-    def _sources(self) -> dict[str, int]:
-        """Return what guards may call the flat inputs: `L['x']`, `L['xs'][0]`, `L['flat_args'][0]`."""
-        info = self._codegen.pytree_info
-        guards = " ".join(self._program._guards_code or ())
-        positional = info.in_spec.children()[0].num_children
-        keywords = list(info.in_spec.children()[1].context)
-        tree = pytree.tree_unflatten([0] * info.in_spec.num_leaves, info.in_spec)
-        found: dict[str, int] = {}
-        for index, (path, _) in enumerate(pytree.tree_flatten_with_path(tree)[0]):
-            key: Any = path[1]
-            args = isinstance(key, pytree.SequenceKey)
-            number = key.idx if args else positional + keywords.index(key.key)
-            name, rest = info.orig_args[number], pytree.keystr(path[2:])
-            found[f"L[{name!r}]{rest}"] = index
-            found[f"L['flat_args'][{index}]"] = index
-            varying = re.fullmatch(r"(.+)_(\d+)", name)
-            if args and varying:  # of `*xs`, whose items are called xs_0, xs_1
-                found.setdefault(f"L[{varying[1]!r}][{varying[2]}]{rest}", index)
-            elif not args:  # of `**options`, by whatever name
-                for group in re.findall(rf"L\['(\w+)'\]\['{name}'\]", guards):
-                    found.setdefault(f"L[{group!r}][{name!r}]{rest}", index)
-        return found
-
-    def _find(self, node: ast.expr, sources: Mapping[str, int]) -> Any:
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            call = node.value
-            if (
-                isinstance(call, ast.Call)
-                and isinstance(call.func, ast.Attribute)
-                and call.func.attr == "size"
-            ):
-                return ("size", _index(call.func.value, sources), node.slice.value)
-        return ("value", _index(node, sources))
-
-    def _readable(self, tree: ast.expr, sources: Mapping[str, int]) -> str:
-        text = ast.unparse(tree)
-        for source in sorted(sources, key=len, reverse=True):
-            name = self._names[sources[source]]
-            text = text.replace(f"{source}.size()", f"{name}.shape").replace(source, name)
-        return text
-
     def _text(self, place: tuple[Any, ...]) -> str:
         name = self._names[place[1]]
         return f"{name}.shape[{place[2]}]" if place[0] == "size" else name
@@ -433,25 +390,3 @@ class InputSizes:
 
 def _python(expr: sympy.Expr) -> str:
     return str(PythonPrinter().doprint(expr))
-
-
-def _index(node: ast.expr, sources: Mapping[str, int]) -> int:
-    return sources[ast.unparse(node)]
-
-
-def install(gm: fx.GraphModule, rules: Rules) -> tuple[str, ...]:
-    """Make the code of `gm` check what it is called with; return a note for each argument that is fixed.
-
-    The check is part of how the graph takes its arguments, so it stays with copies of the graph, is there
-    under `fx.Interpreter` (of lists and mappings where it is given the arguments; flat inputs have none), and
-    is done while `torch.export` traces, whose own guards it becomes.
-    """
-    if rules.inputs:
-        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
-        gm.graph._codegen = CheckedCodeGen(info, rules)
-        gm.recompile()
-    return tuple(
-        f"the argument {name!r} is fixed at {value!r}, as in the example"
-        for name, kind, value in rules.inputs
-        if kind == "fixed" and value is not None
-    )

@@ -122,23 +122,24 @@ class _Trials:
         self._known: dict[tuple[int, ...], bool] = {}
 
     def settled(self) -> Settled:
-        found = list(self._conditions)
+        lifted: dict[int, list[tuple[Any, int]]] = {index: [] for index in range(len(self._conditions))}
         refused: dict[sympy.Symbol, tuple[int, ...]] = {}
         for symbol, place in self._space.places.items():
             for value in _SMALL:
                 if value < self._space.ranges[symbol][0]:
                     continue
                 # A range has no hole: where 1 is refused, so is 0.
-                lifted = None if symbol in refused else self._try(place, value)
-                if lifted is None:
+                found = None if symbol in refused else self._try(place, value)
+                if found is None:
                     refused[symbol] = (*refused.get(symbol, ()), value)
-                for index in lifted or ():
-                    found[index] = _lift(found[index], place, value)
+                for index in found or ():
+                    lifted[index].append((place, value))
         special = (_special(self._conditions[index].expression) for index in self._soft)
         for expression, value in dict.fromkeys(case for case in special if case is not None):
             for index in self._try(expression, value) or ():
-                found[index] = _lift(found[index], expression, value)
-        kept = [condition for condition in found if condition.expression is not True]
+                lifted[index].append((expression, value))
+        remaining = (_lift(condition, lifted[index]) for index, condition in enumerate(self._conditions))
+        kept = [condition for condition in remaining if condition is not None]
         return Settled((*kept, *self._together(kept, refused)), refused)
 
     def _try(self, expression: Any, value: int) -> set[int] | None:
@@ -241,13 +242,14 @@ def _equals(expression: Any, value: int, at: Sequence[Any]) -> bool:
         return False
 
 
-def _lift(condition: Condition, expression: Any, value: int) -> Condition:
-    if condition.expression is True or condition.expression in (
-        ("!=", expression, value),
-        ("!=", value, expression),
-    ):
-        return replace(condition, expression=True)
-    return replace(condition, expression=("or", ("==", expression, value), condition.expression))
+def _lift(condition: Condition, values: Sequence[tuple[Any, int]]) -> Condition | None:
+    """Return a condition lifted where one of the expressions has its value; None if nothing of it remains."""
+    if any(condition.expression in (("!=", left, right), ("!=", right, left)) for left, right in values):
+        return None
+    if not values:
+        return condition
+    terms = (("==", expression, value) for expression, value in values)
+    return replace(condition, expression=("or", *terms, condition.expression))
 
 
 def _special(condition: Any) -> tuple[Any, int] | None:
