@@ -360,6 +360,15 @@ def test_export_of_the_result_has_the_conditions_as_guards() -> None:
         export(module, (x,), dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC},))
 
 
+def test_a_saved_archive_checks_by_the_guards_of_torch(tmp_path: Any) -> None:
+    model, x = scaled()
+    gs.optimize(model, x).save(str(tmp_path / "model.pt2"))
+    loaded = torch.export.load(str(tmp_path / "model.pt2")).module()
+    torch.testing.assert_close(loaded(x[:2]), model(x[:2]))
+    with pytest.raises(AssertionError, match=r"x.size\(\)\[2\] == 8"):
+        loaded(torch.randn(2, 3, 9, 8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("way", [restore, lambda gm: _pickled(restore(gm))], ids=["restored", "pickled"])
 def test_compile_has_no_graph_break(way: Any) -> None:
     model, x = scaled(function=lambda x: x * 2 if x.shape[3] % 2 == 0 else x)
