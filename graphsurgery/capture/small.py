@@ -6,8 +6,8 @@ model on such a size (`if a.shape[0] * b.shape[0] > 1`) leaves nothing, as that 
 Neither tells what the model does there, so it is tried, in three steps:
 
 1. For each free size that may be 0 or 1, and for each condition of the form `expression != 0` or `!= 1`: a
-   few sizes at which the expression has that value, and which break no other condition but those that are
-   broken wherever it has (`h // 4 * (w // 4) != h // 4` where `w // 4` is 1). Model and graph are run there.
+   few sizes at which the expression has that value, and which break as few other conditions as sizes can
+   where it has (`h // 4 * (w // 4) != h // 4` where `w // 4` is 1). Model and graph are run there.
 2. Where they agree, the conditions that were broken are lifted for that value of the expression. Where they
    differ, or the model fails, they stay, and a free size of that value is refused.
 3. Free sizes that may be 0 or 1 are tried so together.
@@ -18,6 +18,7 @@ Equations are conditions of the model, and never lifted; nor is the range of a `
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -142,16 +143,15 @@ class _Trials:
         kept = [condition for condition in remaining if condition is not None]
         return Settled((*kept, *self._together(kept, refused)), refused)
 
-    def _try(self, expression: Any, value: int) -> set[int] | None:
+    def _try(self, expression: Any, value: int) -> frozenset[int] | None:
         """Return the conditions that may be lifted where `expression == value`; None if it differs there."""
         points = list(self._points(expression, value))
         if not points:
             return None
-        broken = [{index for index in self._soft if not self._holds(index, at)} for _, at in points]
-        always = set.intersection(*broken)
+        broken = [frozenset(index for index in self._soft if not self._holds(index, at)) for _, at in points]
+        counts = Counter(broken)
+        always = min(counts, key=lambda found: (len(found), -counts[found]))
         usable = [sizes for (sizes, _), found in zip(points, broken, strict=True) if found == always]
-        if not usable:
-            return None
         ordered = sorted(usable, key=lambda sizes: sum(sizes.values()))
         chosen = (usable[0], ordered[0], ordered[-1])  # the first has most in common with the example
         return always if all(map(self._run, chosen)) else None
