@@ -17,6 +17,7 @@ Equations are conditions of the model, and never lifted; nor is the range of a `
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,6 +256,12 @@ def _lift(condition: Condition, values: Sequence[tuple[Any, int]]) -> Condition 
 def _special(condition: Any) -> tuple[Any, int] | None:
     """Return the expression and the value that a condition is against; None if it is not 0 or 1."""
     word, left, right = condition
+    pairs = {"!=": [(left, right), (right, left)], "<": [(left, right)], ">": [(right, left)]}
+    for part, whole in pairs.get(word, []):
+        factors = _factors(whole)
+        if len(factors) > 1 and part in factors:  # `a < a * b` speaks of b
+            factors.remove(part)
+            return functools.reduce(lambda a, b: ("*", a, b), factors), 1
     if isinstance(left, int):
         word, left, right = {"<": ">", "<=": ">="}.get(word, word), right, left
         if condition[0] in (">", ">="):
@@ -263,3 +270,9 @@ def _special(condition: Any) -> tuple[Any, int] | None:
         return None
     value = {"!=": right, ">": right, ">=": right - 1}.get(word)
     return (left, value) if value in _SMALL else None
+
+
+def _factors(expression: Any) -> list[Any]:
+    if isinstance(expression, tuple) and expression[0] == "*":
+        return [factor for operand in expression[1:] for factor in _factors(operand)]
+    return [expression]

@@ -119,6 +119,28 @@ def test_small_maps_that_the_graph_holds_for_are_taken() -> None:
             torch.testing.assert_close(module(x), model(x))
 
 
+@pytest.mark.parametrize("size", [(4, 4), (7, 5), (4, 16), (16, 4), (9, 8)], ids=str)
+def test_a_map_of_one_patch_is_taken(size: tuple[int, int]) -> None:
+    """What is asked of `h // 4 * (w // 4)` in a view is asked of each of the two."""
+    torch.manual_seed(0)
+    embed, head = nn.Conv2d(3, 6, 4, 4).double(), nn.Conv2d(6, 5, 1).double()
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = embed, head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2).softmax(1).transpose(1, 2)
+            result: torch.Tensor = self.head(tokens.reshape(x.shape[0], 6, x.shape[2] // 4, -1))
+            return result
+
+    model = Patches().eval()
+    gm = capture(model, _rows(2, 3, 16, 20), dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},))
+    for batch in (1, 3):
+        torch.testing.assert_close(gm(_rows(batch, 3, *size)), model(_rows(batch, 3, *size)))
+
+
 @pytest.mark.parametrize(
     ("function", "refused", "taken"),
     [
