@@ -60,6 +60,9 @@ class CaptureInfo:
             free.
         trailing_axes: For each flat output, how many axes of size one the graph's output has, on the example,
             behind those of the model's; empty where none has.
+        batch_axes: The axes that change with a free batch: number of the flat argument (positional ones
+            first, keywords as given), axis (-1 for a number passed as it is), factor and offset: the size is
+            `factor * batch + offset`. None where that is not known.
     """
 
     input_names: tuple[str, ...]
@@ -71,6 +74,7 @@ class CaptureInfo:
     kwargs: dict[str, Any]
     refused_batches: tuple[int, ...] = ()
     trailing_axes: tuple[int, ...] = ()
+    batch_axes: tuple[tuple[int, int, int, int], ...] | None = None
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphsurgery.capture.checked import Rules, install
 from graphsurgery.capture.dialect import canonicalize, refuse_foreign
-from graphsurgery.capture.dynamic import named_sizes
+from graphsurgery.capture.dynamic import given_sizes
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
 from graphsurgery.capture.inputs import Inputs, difference, normalize, refuse_nan
 from graphsurgery.capture.program import export_model, export_static, free_carriers, quiet, run_model
-from graphsurgery.capture.rules import InputSizes, install
+from graphsurgery.capture.rules import InputSizes
 from graphsurgery.capture.state import check_supported, evaluated, unwrap
 from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
 from graphsurgery.errors import CaptureError
@@ -86,12 +88,13 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
         found = _differs(gm, inputs, expected)
     _require_same(name, inputs, found)
     names = input_names(gm)
-    given = named_sizes(model, inputs, dynamic_shapes)
+    given = given_sizes(model, inputs, dynamic_shapes)
     sizes = InputSizes(exported.program, gm, names, inputs, batched=exported.dynamic, given=given)
+    agreement = _Agreement(gm, model, sizes)
     with evaluated(model):
-        ones, found_at_one = _check_ones(gm, model, inputs, sizes)
-    notes += exported.notes + more + found_at_one
-    return _record(gm, name, inputs, sizes, ones, dynamic=exported.dynamic, notes=notes)
+        rules, unchecked = sizes.rules(agreement)
+    notes += exported.notes + more + agreement.notes
+    return _record(gm, name, inputs, sizes, rules, dynamic=exported.dynamic, notes=notes, unchecked=unchecked)
 
 
 def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
@@ -119,7 +122,8 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     _require_same(name, inputs, _differs(gm, inputs, expected))
     dynamic = bool(free_carriers(program, inputs.carriers()[:1]))
     sizes = InputSizes(program, gm, input_names(gm), inputs, batched=dynamic, given={})
-    return _record(gm, name, inputs, sizes, {}, dynamic=dynamic, notes=notes)
+    rules, unchecked = sizes.rules(None)
+    return _record(gm, name, inputs, sizes, rules, dynamic=dynamic, notes=notes, unchecked=unchecked)
 
 
 def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -168,27 +172,37 @@ def _require_same(name: str, inputs: Inputs, found: str | None) -> None:
         )
 
 
-def _check_ones(
-    gm: fx.GraphModule, model: nn.Module, inputs: Inputs, sizes: InputSizes
-) -> tuple[dict[Any, bool], tuple[str, ...]]:
-    """Compare where a free size is 1, which export takes for a special case: for each, whether they agree."""
-    holds: dict[Any, bool] = {}
-    notes = []
-    for symbol, name in sizes.free.items():
-        holds[symbol] = sizes.example_size(symbol) == 1
-        single = None if holds[symbol] else sizes.resized(inputs, symbol, 1)
-        if single is None:
-            continue
+class _Agreement:
+    """Whether model and graph agree on inputs of other sizes than the example's.
+
+    Attributes:
+        notes: Where they do not though the model runs, of sizes that are 1.
+    """
+
+    def __init__(self, gm: fx.GraphModule, model: nn.Module, sizes: InputSizes) -> None:
+        self._gm, self._model, self._sizes = gm, model, sizes
+        self._example = {symbol: sizes.example_size(symbol) for symbol in sizes.free}
+        self._noted: dict[str, str] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._noted.values())
+
+    def __call__(self, sizes: Mapping[Any, int], inputs: Inputs) -> bool:
         try:
-            expected = run_model(model, single)
+            with quiet():
+                expected = run_model(self._model, inputs)
         except CaptureError:
-            continue  # the model itself needs more than one
-        found = _differs(gm, single, expected)
-        holds[symbol] = found is None
-        if found is not None:
+            return False  # the model does not take these sizes, so there is nothing that the graph can hold
+        with quiet():
+            found = _differs(self._gm, inputs, expected)
+        changed = [symbol for symbol, size in sizes.items() if size != self._example[symbol]]
+        if found is not None and len(changed) == 1 and sizes[changed[0]] == 1:
+            name = self._sizes.free[changed[0]]
             what = "batches" if name == "batch" else f"sizes {name!r}"
-            notes.append(f"the captured graph holds for {what} of 2 or more, not of 1: {found}")
-    return holds, tuple(notes)
+            text = f"the captured graph holds for {what} of 2 or more, not of 1: {found}"
+            self._noted.setdefault(name, text)
+        return found is None
 
 
 def _record(
@@ -196,12 +210,12 @@ def _record(
     name: str,
     inputs: Inputs,
     sizes: InputSizes,
-    ones: dict[Any, bool],
+    rules: Rules,
     *,
     dynamic: bool,
     notes: tuple[str, ...],
+    unchecked: tuple[str, ...],
 ) -> fx.GraphModule:
-    rules, unchecked = sizes.rules(ones)
     notes += install(gm, rules) + unchecked
     gm.meta[INFO_KEY] = CaptureInfo(
         input_names=input_names(gm),
@@ -212,5 +226,6 @@ def _record(
         args=inputs.args,
         kwargs=inputs.kwargs,
         refused_batches=sizes.refused_batches(rules, inputs),
+        batch_axes=sizes.batch_axes(),
     )
     return gm

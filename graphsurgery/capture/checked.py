@@ -17,7 +17,16 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphsurgery.capture.expressions import compiled, evaluate
 
-__all__ = ["FIXED_KINDS", "CheckedCodeGen", "Rules", "check_inputs", "check_lengths", "kind_of", "shape_text"]
+__all__ = [
+    "FIXED_KINDS",
+    "CheckedCodeGen",
+    "Rules",
+    "check_inputs",
+    "check_lengths",
+    "install",
+    "kind_of",
+    "shape_text",
+]
 
 FIXED_KINDS = (bool, int, float, str, type(None))
 _AGAIN = "capture the original model again with"
@@ -33,13 +42,13 @@ class Rules(NamedTuple):
         sizes: The free sizes that have bounds: name, lowest and highest value or None.
         conditions: Further conditions on the sizes, as text and as an expression for `evaluate`.
         lengths: The lists, tuples and mappings among the arguments: name, number of the argument, keys that
-            lead there, number of items.
+            lead there, number of items, or for a mapping its keys.
     """
 
     inputs: tuple[tuple[str, str, Any], ...]
     sizes: tuple[tuple[str, int | None, int | None], ...]
     conditions: tuple[tuple[str, Any], ...]
-    lengths: tuple[tuple[str, int, tuple[Any, ...], int], ...] = ()
+    lengths: tuple[tuple[str, int, tuple[Any, ...], int | tuple[Any, ...]], ...] = ()
 
 
 def kind_of(tensor: torch.Tensor) -> str:
@@ -106,26 +115,39 @@ def check_inputs(values: Sequence[Any], inputs: Any, sizes: Any, conditions: Any
 
 
 def check_lengths(arguments: Sequence[Any], lengths: Any) -> None:
-    """Refuse lists, tuples and mappings with more or fewer items than in the example.
+    """Refuse lists, tuples and mappings with more, fewer or other items than in the example.
 
     Args:
         arguments: The arguments of a call, before they are taken apart.
         lengths: See `Rules`.
 
     Raises:
-        ValueError: One has another number of items.
+        ValueError: One has another number of items or other keys, or is none.
     """
     for value in arguments:
         if isinstance(value, fx.Proxy):
             value.tracer.create_proxy("call_function", check_lengths, (tuple(arguments), lengths), {})
             return
-    for name, number, path, length in lengths:
-        value = functools.reduce(operator.getitem, path, arguments[number])
+    for name, number, path, items in lengths:
+        value = functools.reduce(operator.getitem, path, arguments[number])  # what contains it was before it
+        keys = None if type(items) is int else items
+        kind, length = ("list or tuple", items) if keys is None else ("mapping", len(items))
+        if not isinstance(value, (list, tuple) if keys is None else dict):
+            raise ValueError(
+                f"the argument {name!r} is a {type(value).__name__}, expected a {kind} of {length} items as "
+                f"in the example; {_AGAIN} such an argument."
+            )
         if len(value) != length:
             raise ValueError(
                 f"the argument {name!r} has {len(value)} items, expected {length} as in the example; "
                 f"{_AGAIN} that many."
             )
+        for key in keys or ():
+            if key not in value:
+                raise ValueError(
+                    f"the argument {name!r} has the keys {list(value)}, expected {list(items)} as in the "
+                    f"example; {_AGAIN} those."
+                )
 
 
 def _holds(condition: Any, values: Sequence[Any]) -> bool:
@@ -225,22 +247,32 @@ class CheckedCodeGen(_PyTreeCodeGen):
         """Return the head of `forward`, with the check behind it."""
         names = [text.split(":")[0].split("#")[0].strip() for text in free_vars]
         values = "".join(f"{name}, " for name in names)
-        *parts, lengths = self.rules
-        lines = [f"_check_inputs(({values}), {', '.join(map(repr, parts))})"]
-        if lengths:
-            arguments = "".join(f"{name}, " for name in self.pytree_info.orig_args)
-            lines.insert(0, f"_check_lengths(({arguments}), {lengths!r})")
-        return "\n    ".join([super().gen_fn_def(free_vars, *args, **kwargs), *lines])
+        *parts, _ = self.rules
+        check = f"_check_inputs(({values}), {', '.join(map(repr, parts))})"
+        return f"{super().gen_fn_def(free_vars, *args, **kwargs)}\n    {check}"
+
+    def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
+        """Return the lines that take the arguments apart, with a check of their lengths before them."""
+        lines = super().gen_var_bindings(fn_args, free_vars, expanded_def)
+        if not self.rules.lengths:
+            return lines
+        arguments = "".join(f"{name}, " for name in self.pytree_info.orig_args)
+        return f"\n    _check_lengths(({arguments}), {self.rules.lengths!r}){lines}"
 
     def process_inputs(self, *inputs: Any) -> Any:
         """Return the flat inputs, checked; for `fx.Interpreter`."""
         flat = super().process_inputs(*inputs)
-        inputs, sizes, conditions, _ = self.rules
-        if len(flat) != len(inputs):
+        expected, sizes, conditions, lengths = self.rules
+        nested = any(
+            isinstance(value, (list, tuple, dict)) for value in inputs
+        )  # else they may be flat already
+        if nested and len(inputs) == len(self.pytree_info.orig_args):
+            check_lengths(inputs, lengths)
+        if len(flat) != len(expected):
             raise ValueError(
-                f"the graph takes {len(inputs)} inputs, got {len(flat)}; pass as many as captured."
+                f"the graph takes {len(expected)} inputs, got {len(flat)}; pass as many as captured."
             )
-        check_inputs(flat, inputs, sizes, conditions)
+        check_inputs(flat, expected, sizes, conditions)
         return flat
 
     def additional_globals(self) -> list[tuple[str, Any]]:
@@ -250,3 +282,21 @@ class CheckedCodeGen(_PyTreeCodeGen):
             ("_check_inputs", check_inputs),
             ("_check_lengths", check_lengths),
         ]
+
+
+def install(gm: fx.GraphModule, rules: Rules) -> tuple[str, ...]:
+    """Make the code of `gm` check what it is called with; return a note for each argument that is fixed.
+
+    The check is part of how the graph takes its arguments, so it stays with copies of the graph, is there
+    under `fx.Interpreter` (of lists and mappings where it is given the arguments; flat inputs have none), and
+    is done while `torch.export` traces, whose own guards it becomes.
+    """
+    if rules.inputs:
+        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
+        gm.graph._codegen = CheckedCodeGen(info, rules)
+        gm.recompile()
+    return tuple(
+        f"the argument {name!r} is fixed at {value!r}, as in the example"
+        for name, kind, value in rules.inputs
+        if kind == "fixed" and value is not None
+    )

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
-__all__ = ["check_dynamic_shapes", "explain", "named_sizes"]
+__all__ = ["check_dynamic_shapes", "explain", "given_sizes"]
 
 _SPECIALIZED = re.compile(
     r"You marked (.+?) as dynamic but your code specialized it to be a constant \((\d+)\)"
@@ -116,8 +116,8 @@ def _readable(text: str) -> str:
     return _SIZE.sub(r"\1\2.shape[\3]", text).strip().rstrip(".")
 
 
-def named_sizes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> dict[tuple[int, int], str]:
-    """Return the names that the caller gave to sizes (`Dim("height")`), by flat input and axis."""
+def given_sizes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> dict[tuple[int, int], Any]:
+    """Return what the caller gave for sizes (`Dim("height")`), by flat argument and axis (0 of a number)."""
     if dynamic_shapes is None:
         return {}
     numbers: dict[int, int] = {}
@@ -125,10 +125,10 @@ def named_sizes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> dict[t
         numbers.setdefault(id(leaf), index)
     arguments = _arguments(model, inputs)
     return {
-        (numbers[id(tensor)], axis): size.__name__
+        (numbers[id(tensor)], axis): size
         for tensor, axes in _pairs(arguments, _parts(arguments, dynamic_shapes))
         for axis, size in axes.items()
-        if isinstance(size, Dim) and id(tensor) in numbers
+        if isinstance(size, (Dim, type(Dim.AUTO))) and id(tensor) in numbers
     }
 
 

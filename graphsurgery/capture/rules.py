@@ -10,26 +10,33 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
 from torch import fx
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from graphsurgery.capture.checked import FIXED_KINDS, CheckedCodeGen, Rules, check_inputs, kind_of
+from graphsurgery.capture.checked import FIXED_KINDS, Rules, check_inputs, kind_of
 from graphsurgery.capture.expressions import evaluate, places, translate
+from graphsurgery.capture.guards import GuardReader
 from graphsurgery.capture.inputs import Inputs
+from graphsurgery.capture.small import Condition, Sizes, Space, settle
 
-__all__ = ["TRIED", "InputSizes", "install"]
+__all__ = ["TRIED", "InputSizes"]
 
 TRIED = 16
 """Batch sizes up to this one are asked for in `InputSizes.refused_batches`."""
 
 _UNBOUND = 2  # torch traces for sizes of 2 and more, and lets 0 and 1 pass where nothing else is known
+
+
+Bounds = dict[sympy.Symbol, tuple[int | None, int | None]]
+"""The least and the greatest value of each free size."""
 
 
 class InputSizes:
@@ -41,7 +48,7 @@ class InputSizes:
         names: Names of the flat inputs.
         example: The example inputs.
         batched: Whether the leading dimension is free; it is called `batch` then.
-        given: Names of sizes that the caller gave, by flat input and axis.
+        given: What the caller gave for sizes (`Dim`, `Dim.DYNAMIC`), by flat argument and axis.
 
     Attributes:
         free: Name of each free size that is an axis of an input as it stands.
@@ -55,24 +62,30 @@ class InputSizes:
         example: Inputs,
         *,
         batched: bool,
-        given: Mapping[tuple[int, int], str],
+        given: Mapping[tuple[int, int], Any],
     ) -> None:
         self._program = program
         self._codegen: Any = gm.graph._codegen
         self._names = names
         self._values = [node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder"]
+        self._example = example
         self._leaves = self.flat(example)
+        count, spec = len(self._leaves), pytree.tree_structure((example.args, example.kwargs))
+        self._order: list[int] = self.flat(Inputs(*pytree.tree_unflatten(range(count), spec)))
+        self._given = given
+        self._found = self._axes()
         self.free: dict[sympy.Symbol, str] = {}
         self._where: dict[sympy.Symbol, tuple[Any, ...]] = {}
-        self._exprs = {self._place(index, axis): expr for index, axis, expr in self._axes()}
-        for index, axis, expr in self._axes():
+        self._exprs = {self._place(index, axis): expr for index, axis, expr in self._found}
+        for index, axis, expr in self._found:
             if expr.is_Symbol and expr not in self.free:
                 name = (
                     f"{names[index]}_dim{axis}"
                     if isinstance(self._values[index], torch.Tensor)
                     else names[index]
                 )
-                name = given.get((index, axis), name)
+                size = self._given_size(index, axis)
+                name = size.__name__ if isinstance(size, Dim) else name
                 if batched and axis == 0 and "batch" not in self.free.values():
                     name = "batch"
                 while name in self.free.values():
@@ -105,35 +118,54 @@ class InputSizes:
         """Return the size that a free size has in the example."""
         return int(evaluate(self._where[symbol], self._leaves))
 
-    def resized(self, inputs: Inputs, symbol: sympy.Symbol, size: int) -> Inputs | None:
-        """Return `inputs` with one free size changed, by cutting or repeating; None if it cannot be."""
-        values = {other: self.example_size(other) for other in self.free} | {symbol: size}
+    def resized(self, inputs: Inputs, sizes: Sizes) -> Inputs | None:
+        """Return `inputs` with free sizes changed, by cutting or repeating; None if they cannot be."""
+        values = {symbol: self.example_size(symbol) for symbol in self.free} | dict(sizes)
         leaves = self.flat(inputs)
-        for index, axis, expr in self._axes():
-            if symbol not in expr.free_symbols:
+        for index, axis, expr in self._found:
+            if sizes.keys().isdisjoint(expr.free_symbols):
                 continue
             wanted = expr.subs(values)
             if not wanted.is_Integer or wanted < 0:
                 return None
             leaf = leaves[index]
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.shape[axis] != wanted:
                 rows = torch.arange(int(wanted), device=leaf.device) % max(leaf.shape[axis], 1)
                 leaves[index] = leaf.index_select(axis, rows)
-            else:
+            elif not isinstance(leaf, torch.Tensor):
                 leaves[index] = int(wanted)
         args, kwargs = pytree.tree_unflatten(leaves, self._codegen.pytree_info.in_spec)
         return Inputs(args, kwargs)
 
     def refused_batches(self, rules: Rules, inputs: Inputs) -> tuple[int, ...]:
         """Return the batch sizes up to `TRIED` that the rules refuse; none where the batch is not free."""
-        batch = next((symbol for symbol, name in self.free.items() if name == "batch"), None)
+        batch = self._batch()
         if batch is None or not (rules.sizes or rules.conditions):
             return ()
         meta = inputs.map_tensors(lambda tensor: tensor.to("meta"))
         return tuple(size for size in range(1, TRIED + 1) if not self._accepts(rules, meta, batch, size))
 
+    def _batch(self) -> sympy.Symbol | None:
+        return next((symbol for symbol, name in self.free.items() if name == "batch"), None)
+
+    def batch_axes(self) -> tuple[tuple[int, int, int, int], ...] | None:
+        """Return `CaptureInfo.batch_axes`; None where no input has the batch as it stands."""
+        batch = self._batch()
+        if batch is None:
+            return None
+        found = []
+        for index, axis, expr in self._found:
+            if batch not in expr.free_symbols:
+                continue
+            factor, offset = expr.coeff(batch, 1), expr.subs(batch, 0)
+            if not (factor.is_Integer and offset.is_Integer and expr == factor * batch + offset):
+                return None
+            tensor = isinstance(self._values[index], torch.Tensor)
+            found.append((self._order[index], axis if tensor else -1, int(factor), int(offset)))
+        return tuple(sorted(found))
+
     def _accepts(self, rules: Rules, inputs: Inputs, symbol: sympy.Symbol, size: int) -> bool:
-        changed = self.resized(inputs, symbol, size)
+        changed = self.resized(inputs, {symbol: size})
         if changed is None:
             return False
         try:
@@ -144,34 +176,97 @@ class InputSizes:
 
     # -- rules
 
-    def rules(self, holds_at_one: Mapping[sympy.Symbol, bool]) -> tuple[Rules, tuple[str, ...]]:
+    def rules(self, agrees: Callable[[Sizes, Inputs], bool] | None) -> tuple[Rules, tuple[str, ...]]:
         """Return the rules, and notes on conditions that could not be made one.
 
         Args:
-            holds_at_one: The free sizes that were tried at 1, and whether the graph is right there. Where it
-                is, no condition of the tracing stands against it; where not, 1 is refused.
+            agrees: Whether the model runs at some sizes, on these inputs, and the graph gives the same; asked
+                where a size is 0 or 1, see `graphsurgery.capture.small`. None where there is no model: then
+                all conditions of the tracing hold, and 0 and 1 are taken where none speaks against it.
         """
         inputs = tuple(self._input(index) for index in range(len(self._values)))
-        sizes = [(name, *self._range(symbol)) for symbol, name in self.free.items()]
-        for index, symbol in enumerate(self.free):
-            name, low, high = sizes[index]
-            if low is None and not holds_at_one.get(symbol, True):
-                sizes[index] = (name, 2, high)
         conditions, notes = self._conditions()
-        bounded = tuple(size for size in sizes if size[1:] != (None, None))
-        exempt = {symbol for symbol, holds in holds_at_one.items() if holds}
-        lifted = tuple((text, self._but_at_one(expression, exempt)) for text, expression in conditions)
-        return Rules(inputs, bounded, lifted, self._lengths()), notes
+        bounds = {symbol: self._range(symbol, *place[1:]) for symbol, place in self._where.items()}
+        traced = {symbol: self._traced_least(symbol) for symbol in self.free}
+        conditions += [condition for condition in traced.values() if condition is not None]
+        if agrees is not None:
+            conditions = self._settle(conditions, bounds, agrees)
+        for symbol, condition in traced.items():
+            if condition is not None and condition in conditions:  # as a bound it has a better message
+                conditions.remove(condition)
+                bounds[symbol] = (condition.expression[2], bounds[symbol][1])
+        bounded = tuple((self.free[symbol], *both) for symbol, both in bounds.items() if both != (None, None))
+        said = tuple((condition.text, condition.expression) for condition in conditions)
+        return Rules(inputs, bounded, said, self._lengths()), notes
 
-    def _lengths(self) -> tuple[tuple[str, int, tuple[Any, ...], int], ...]:
+    def _traced_least(self, symbol: sympy.Symbol) -> Condition | None:
+        """Return the lower bound of a free size that the model, not the caller, put on it."""
+        place = self._where[symbol]
+        low = getattr(self._program.range_constraints.get(symbol), "lower", None)
+        own = self._range(symbol, *place[1:])[0]
+        if not isinstance(low, sympy.Integer) or low <= max(own or 0, _UNBOUND):
+            return None
+        return Condition(f"{self._text(place)} >= {low}", (">=", place, int(low)))
+
+    def _settle(
+        self, conditions: list[Condition], bounds: Bounds, agrees: Callable[[Sizes, Inputs], bool]
+    ) -> list[Condition]:
+        """Return the conditions that remain after trials; what is refused is put into `bounds`."""
+        example = {symbol: self.example_size(symbol) for symbol in self.free}
+
+        def run(sizes: Sizes) -> bool:
+            inputs = self.resized(self._example, sizes)
+            return inputs is not None and agrees(sizes, inputs)
+
+        space = Space(
+            example,
+            {symbol: (low or 0, high) for symbol, (low, high) in bounds.items()},
+            self._where,
+            {symbol: self._text(place) for symbol, place in self._where.items()},
+            self._symbols_in,
+            self._shapes,
+        )
+        settled = settle(space, conditions, run)
+        for symbol, values in settled.refused.items():
+            bounds[symbol] = (max(values) + 1, bounds[symbol][1])
+        return list(settled.conditions)
+
+    def _symbols_in(self, expression: Any) -> set[sympy.Symbol] | None:
+        exprs = [self._exprs[place] for place in places(expression) if place in self._exprs]
+        symbols: set[sympy.Symbol] = set().union(*(expr.free_symbols for expr in exprs))
+        return symbols if symbols <= self.free.keys() else None
+
+    def _shapes(self, sizes: Sizes) -> list[Any] | None:
+        """Return, in place of the flat inputs, their shapes at the given sizes; None if there are none."""
+        found: list[Any] = [
+            SimpleNamespace(shape=list(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in self._leaves
+        ]
+        for index, axis, expr in self._found:
+            if expr.is_Symbol and expr in sizes:
+                size = sizes[expr]
+            elif expr.free_symbols.isdisjoint(self.free):
+                continue  # of a symbol that is no axis itself, and stays as it is
+            else:
+                wanted = expr.subs(sizes)
+                if not wanted.is_Integer or wanted < 0:
+                    return None
+                size = int(wanted)
+            if isinstance(self._leaves[index], torch.Tensor):
+                found[index].shape[axis] = size
+            else:
+                found[index] = size
+        return found
+
+    def _lengths(self) -> tuple[tuple[str, int, tuple[Any, ...], Any], ...]:
         info = self._codegen.pytree_info
-        found: list[tuple[str, int, tuple[Any, ...], int]] = []
+        found: list[tuple[str, int, tuple[Any, ...], Any]] = []
 
         def walk(spec: Any, name: str, number: int, path: tuple[Any, ...]) -> None:
             keys = spec.context if spec.type is dict else range(spec.num_children)
             if spec.type not in (list, tuple, dict) or not all(isinstance(key, (str, int)) for key in keys):
                 return
-            found.append((name, number, path, spec.num_children))
+            found.append((name, number, path, tuple(keys) if spec.type is dict else spec.num_children))
             for key, child in zip(keys, spec.children(), strict=True):
                 walk(child, f"{name}[{key!r}]", number, (*path, key))
 
@@ -179,15 +274,6 @@ class InputSizes:
         for number, spec in enumerate((*args.children(), *kwargs.children())):
             walk(spec, info.orig_args[number], number, ())
         return tuple(found)
-
-    def _but_at_one(self, expression: Any, exempt: set[sympy.Symbol]) -> Any:
-        """Lift a condition on one free size where that is 1 and the graph was tried at 1."""
-        symbols: set[sympy.Symbol] = set()
-        for place in places(expression):
-            symbols |= self._exprs.get(place, sympy.Integer(0)).free_symbols
-        if len(symbols) == 1 and symbols <= exempt:
-            return ("or", ("==", self._where[symbols.pop()], 1), expression)
-        return expression
 
     def _input(self, index: int) -> tuple[str, str, Any]:
         name, value = self._names[index], self._values[index]
@@ -210,42 +296,55 @@ class InputSizes:
             return None  # a condition says the rest
         return int(evaluate(self._place(index, axis), self._leaves))
 
-    def _range(self, expr: sympy.Expr) -> tuple[int | None, int | None]:
+    def _given_size(self, index: int, axis: int = 0) -> Any:
+        return self._given.get((self._order[index], axis))
+
+    def _range(self, expr: sympy.Expr, index: int, axis: int = 0) -> tuple[int | None, int | None]:
+        """Return the least size that the caller allows on an axis, and the greatest, None for any.
+
+        An exported program tells no longer whose its bounds are, but a lower one of 1 is nobody else's.
+        """
         bounds = self._program.range_constraints.get(expr)
-        low = getattr(bounds, "lower", None)
-        high = getattr(bounds, "upper", None)
-        lowest = int(low) if isinstance(low, sympy.Integer) and low > _UNBOUND else None
+        low, high = getattr(bounds, "lower", None), getattr(bounds, "upper", None)
+        given = getattr(self._given_size(index, axis), "min", None)
+        lowest = given or (1 if low == 1 else None)
         return lowest, int(high) if isinstance(high, sympy.Integer) else None
 
     # -- conditions
 
-    def _conditions(self) -> tuple[list[tuple[str, Any]], tuple[str, ...]]:
-        found: dict[str, Any] = {}
+    def _conditions(self) -> tuple[list[Condition], tuple[str, ...]]:
+        found: dict[str, Condition] = {}
+
+        def add(text: str, expression: Any, *, fixed: bool = False) -> None:
+            if text not in found or fixed:
+                found[text] = Condition(text, expression, fixed)
+
         notes: list[str] = []
-        for index, axis, expr in self._axes():
+        for index, axis, expr in self._found:
             solved = None if expr in self.free else self._solved(expr)
             if solved is not None:
                 place = self._place(index, axis)
-                text = f"{self._text(place)} == {self._expression_text(expr)}"
-                found[text] = ("==", place, solved)
-                low, high = self._range(expr)
+                add(f"{self._text(place)} == {self._expression_text(expr)}", ("==", place, solved))
+                low, high = self._range(expr, index, axis)
+                traced = getattr(self._program.range_constraints.get(expr), "lower", None)
+                if isinstance(traced, sympy.Integer) and traced > max(low or 0, _UNBOUND):
+                    low = int(traced)
                 if low is not None:
-                    found[f"{self._text(place)} >= {low}"] = (">=", place, low)
+                    add(f"{self._text(place)} >= {low}", (">=", place, low), fixed=True)
                 if high is not None:
-                    found[f"{self._text(place)} <= {high}"] = ("<=", place, high)
-        sources = self._sources()
+                    add(f"{self._text(place)} <= {high}", ("<=", place, high), fixed=True)
+        reader = GuardReader(self._program, self._codegen, self._names)
         for guard in dict.fromkeys(self._program._guards_code or ()):
             try:
-                tree = ast.parse(guard, mode="eval").body
-                expression = translate(tree, lambda node: self._find(node, sources))
+                text, expression = reader.read(guard)
                 with contextlib.suppress(ArithmeticError):
                     evaluate(expression, self._leaves)
             except (LookupError, SyntaxError, TypeError, AttributeError, RecursionError):
                 notes.append(f"a condition of torch.export on the inputs is not checked in calls: {guard}")
                 continue
             if not self._is_said(expression):
-                found[self._readable(tree, sources)] = expression
-        return list(found.items()), tuple(notes)
+                add(text, expression)
+        return list(found.values()), tuple(notes)
 
     def _is_said(self, expression: Any) -> bool:
         """Return whether a condition is that two axes have one size, which is named the same for both."""
@@ -269,56 +368,13 @@ class InputSizes:
 
     def _root(self, symbol: sympy.Symbol) -> Any:
         """Return a symbol that is no axis itself (of `3*Dim("h")`), by means of the axis made of it."""
-        for index, axis, expr in self._axes():
+        for index, axis, expr in self._found:
             if expr.free_symbols == {symbol}:
                 factor = expr.coeff(symbol)
                 rest = expr - factor * symbol
                 if factor.is_Integer and factor > 0 and rest.is_Integer:
                     return ("//", ("-", self._place(index, axis), int(rest)), int(factor))
         return None
-
-    # -- torch's words for the inputs
-
-    def _sources(self) -> dict[str, int]:
-        """Return what guards may call the flat inputs: `L['x']`, `L['xs'][0]`, `L['flat_args'][0]`."""
-        info = self._codegen.pytree_info
-        guards = " ".join(self._program._guards_code or ())
-        positional = info.in_spec.children()[0].num_children
-        keywords = list(info.in_spec.children()[1].context)
-        tree = pytree.tree_unflatten([0] * info.in_spec.num_leaves, info.in_spec)
-        found: dict[str, int] = {}
-        for index, (path, _) in enumerate(pytree.tree_flatten_with_path(tree)[0]):
-            key: Any = path[1]
-            args = isinstance(key, pytree.SequenceKey)
-            number = key.idx if args else positional + keywords.index(key.key)
-            name, rest = info.orig_args[number], pytree.keystr(path[2:])
-            found[f"L[{name!r}]{rest}"] = index
-            found[f"L['flat_args'][{index}]"] = index
-            varying = re.fullmatch(r"(.+)_(\d+)", name)
-            if args and varying:  # of `*xs`, whose items are called xs_0, xs_1
-                found.setdefault(f"L[{varying[1]!r}][{varying[2]}]{rest}", index)
-            elif not args:  # of `**options`, by whatever name
-                for group in re.findall(rf"L\['(\w+)'\]\['{name}'\]", guards):
-                    found.setdefault(f"L[{group!r}][{name!r}]{rest}", index)
-        return found
-
-    def _find(self, node: ast.expr, sources: Mapping[str, int]) -> Any:
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            call = node.value
-            if (
-                isinstance(call, ast.Call)
-                and isinstance(call.func, ast.Attribute)
-                and call.func.attr == "size"
-            ):
-                return ("size", _index(call.func.value, sources), node.slice.value)
-        return ("value", _index(node, sources))
-
-    def _readable(self, tree: ast.expr, sources: Mapping[str, int]) -> str:
-        text = ast.unparse(tree)
-        for source in sorted(sources, key=len, reverse=True):
-            name = self._names[sources[source]]
-            text = text.replace(f"{source}.size()", f"{name}.shape").replace(source, name)
-        return text
 
     def _text(self, place: tuple[Any, ...]) -> str:
         name = self._names[place[1]]
@@ -334,24 +390,3 @@ class InputSizes:
 
 def _python(expr: sympy.Expr) -> str:
     return str(PythonPrinter().doprint(expr))
-
-
-def _index(node: ast.expr, sources: Mapping[str, int]) -> int:
-    return sources[ast.unparse(node)]
-
-
-def install(gm: fx.GraphModule, rules: Rules) -> tuple[str, ...]:
-    """Make the code of `gm` check what it is called with; return a note for each argument that is fixed.
-
-    The check is part of how the graph takes its arguments, so it stays with copies of the graph, is there
-    under `fx.Interpreter`, and is done while `torch.export` traces, whose own guards it becomes.
-    """
-    if rules.inputs:
-        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # a captured graph has it
-        gm.graph._codegen = CheckedCodeGen(info, rules)
-        gm.recompile()
-    return tuple(
-        f"the argument {name!r} is fixed at {value!r}, as in the example"
-        for name, kind, value in rules.inputs
-        if kind == "fixed" and value is not None
-    )

@@ -365,6 +365,7 @@ def _baseline(reference: nn.Module, info: ExportInfo) -> Baseline:
         example,
         dynamic_batch=info.dynamic_batch,
         refused_batches=getattr(info, "refused_batches", ()),
+        batch_axes=getattr(info, "batch_axes", None),
     )
 
 

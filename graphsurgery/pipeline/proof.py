@@ -100,6 +100,7 @@ class Proof:
                 self.example,
                 dynamic_batch=self.info.dynamic_batch,
                 refused_batches=self.info.refused_batches,
+                batch_axes=self.info.batch_axes,
             )
             self._baselines[axes] = made
         return self._baselines[axes]

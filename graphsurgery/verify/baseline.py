@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,7 @@ class Baseline:
         samples: Number of cases; None chooses 3 to 8 by the cost of one.
         seed: Seed of the battery.
         refused_batches: Of the batch sizes 1 to 16 those not to run, as the candidates do not take them.
+        batch_axes: Which sizes change with the batch, and how, see `graphsurgery.verify.inputs.battery`.
 
     Attributes:
         outputs: The reference's outputs in order.
@@ -95,6 +96,7 @@ class Baseline:
         samples: int | None = None,
         seed: int = 0,
         refused_batches: Collection[int] = (),
+        batch_axes: Sequence[tuple[int, int, int, int]] | None = None,
     ) -> None:
         self.runner = runner_for(reference)
         self.seed = seed
@@ -106,7 +108,12 @@ class Baseline:
             )
         # The first run of a battery is the same whatever its size.
         runs = functools.partial(
-            battery, example, dynamic_batch=dynamic_batch, seed=seed, refused=refused_batches
+            battery,
+            example,
+            dynamic_batch=dynamic_batch,
+            seed=seed,
+            refused=refused_batches,
+            axes=batch_axes,
         )
         first = runs(samples=1)[0]
         flops, answer = self._run_first(first)

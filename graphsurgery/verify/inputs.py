@@ -23,7 +23,7 @@ run; integers without one stay as they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,7 @@ def battery(
     samples: int = len(CASES),
     seed: int = 0,
     refused: Collection[int] = (),
+    axes: Sequence[tuple[int, int, int, int]] | None = None,
 ) -> tuple[Batch, ...]:
     """Return the runs of a battery.
 
@@ -141,23 +142,29 @@ def battery(
         example: The caller's inputs.
         dynamic_batch: Whether the leading dimension is free. Then the cases are rows of runs at
             different batch sizes, the example alone at batch 1. Else each case is one run with the example's
-            shapes. Tensors whose leading size differs from that of the first one are taken to have no batch
-            dimension.
+            shapes.
         samples: Number of cases, at least 1; the first ones of `CASES`.
         seed: Seed of the generator; the global one is not touched.
         refused: Of the batch sizes 1 to 16 those not to run. If 1 is among them, each case is one run with
             the example's shapes, but for the third, which has another batch size where there is one.
+        axes: The sizes that change with the batch: leaf, axis (-1 for a leaf that is a number), factor and
+            offset of `size = factor * batch + offset`. Where one of them is not the batch as it stands on
+            axis 0 (twice the batch, a square mask), rows cannot be cut, and it is as if 1 were refused. None
+            stands for axis 0 of all tensors whose leading size is that of the first one.
     """
     cases = CASES[: max(1, samples)]
     generator = torch.Generator().manual_seed(seed)
-    size = batch_size(example) if dynamic_batch else None
-    if size is None or 1 in refused:
+    if axes is None:
+        axes = _equal_axes(example)
+    size = _batch_of(example, axes) if dynamic_batch else None
+    if size is None or 1 in refused or any(place[1:] != (0, 1, 0) for place in axes):
         made = [_whole(example, case, generator) for case in cases]
         if size is not None and len(made) > 2:
-            made[2] = _whole(_other_batch(example, size, refused), cases[2], generator)
+            made[2] = _whole(_other_batch(example, axes, size, refused), cases[2], generator)
         return tuple(Batch(inputs, (case,), False) for case, inputs in zip(cases, made, strict=True))
-    rows = [_row(example, case, size, generator) for case in cases]
-    batched = _batched(example, size)
+    chosen = {leaf for leaf, *_ in axes}
+    batched = [index in chosen for index in range(len(example.leaves()))]
+    rows = [_row(example, case, size, batched, generator) for case in cases]
     return tuple(Batch(_stack(rows[a:b], batched), cases[a:b], True) for a, b in _splits(len(rows), refused))
 
 
@@ -171,16 +178,24 @@ def _splits(rows: int, refused: Collection[int] = ()) -> list[tuple[int, int]]:
     return []
 
 
-def _other_batch(example: Inputs, size: int, refused: Collection[int]) -> Inputs:
+def _other_batch(
+    example: Inputs, axes: Sequence[tuple[int, int, int, int]], size: int, refused: Collection[int]
+) -> Inputs:
     """Return the example at another batch size from 2 to 16, if there is one that is not refused."""
     others = [other for other in range(2, 17) if other != size and other not in refused]
     if not others:
         return example
-    batched = _batched(example, size)
-    leaves = [
-        leaf[torch.arange(others[0], device=leaf.device) % size] if free else leaf
-        for leaf, free in zip(example.leaves(), batched, strict=True)
-    ]
+    leaves = example.leaves()
+    for index, axis, factor, offset in axes:
+        leaf, wanted = leaves[index], factor * others[0] + offset
+        if wanted < 0:
+            return example
+        if axis >= 0:
+            leaves[index] = leaf.index_select(
+                axis, torch.arange(wanted, device=leaf.device) % max(leaf.shape[axis], 1)
+            )
+        else:
+            leaves[index] = wanted
     return example.replace(leaves)
 
 
@@ -191,8 +206,23 @@ def batch_size(inputs: Inputs) -> int | None:
     )
 
 
-def _batched(inputs: Inputs, size: int) -> list[bool]:
-    return [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size for x in inputs.leaves()]
+def _equal_axes(inputs: Inputs) -> list[tuple[int, int, int, int]]:
+    """Return axis 0 of each tensor whose leading size is that of the first one that has one."""
+    size = batch_size(inputs)
+    return [
+        (index, 0, 1, 0)
+        for index, leaf in enumerate(inputs.leaves())
+        if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+    ]
+
+
+def _batch_of(inputs: Inputs, axes: Sequence[tuple[int, int, int, int]]) -> int | None:
+    """Return the batch that the sizes tell; None where there is none, or no sample."""
+    leaves = inputs.leaves()
+    for index, axis, factor, offset in axes:
+        size = leaves[index].shape[axis] if axis >= 0 else leaves[index]
+        return (int(size) - offset) // factor or None
+    return None
 
 
 def _stack(rows: list[Inputs], batched: list[bool]) -> Inputs:
@@ -201,9 +231,9 @@ def _stack(rows: list[Inputs], batched: list[bool]) -> Inputs:
     return rows[0].replace(leaves)
 
 
-def _row(example: Inputs, case: str, size: int, generator: torch.Generator) -> Inputs:
+def _row(example: Inputs, case: str, size: int, batched: list[bool], generator: torch.Generator) -> Inputs:
     leaves = []
-    for leaf, free in zip(example.leaves(), _batched(example, size), strict=True):
+    for leaf, free in zip(example.leaves(), batched, strict=True):
         if not free:
             varies = case != "example" and isinstance(leaf, Tensor) and leaf.is_floating_point()
             leaves.append(_fill(leaf, leaf, "normal", generator) if varies else leaf)

@@ -316,12 +316,34 @@ def test_another_number_of_items_is_refused(way: str) -> None:
         run([x, x], {"a": [x, x]})
     with pytest.raises(ValueError, match="'more' has 2 items, expected 1"):
         run([x, x], {"a": [x], "b": [x]})
+    with pytest.raises(ValueError, match="'items' has 1 items, expected 2"):
+        run([x], {"a": [x]})
+    with pytest.raises(ValueError, match="'items' has 1 items, expected 2"):
+        run([x], {"a": [x, x]})
+    with pytest.raises(ValueError, match=r"\"more\['a'\]\" has 0 items, expected 1"):
+        run([x, x], {"a": []})
+    with pytest.raises(ValueError, match="'more' has 0 items, expected 1"):
+        run([x, x], {})
+    with pytest.raises(ValueError, match=r"'more' has the keys \['b'\], expected \['a'\]"):
+        run([x, x], {"b": [x]})
+    with pytest.raises(ValueError, match="'items' is a Tensor, expected a list or tuple of 2 items"):
+        run(x, {"a": [x]})
+    with pytest.raises(ValueError, match="'more' is a list, expected a mapping of 1 items"):
+        run([x, x], [x])
 
 
 def test_another_number_of_items_is_refused_by_an_interpreter() -> None:
     x = torch.randn(3, 4)
+    gm = capture(Total(), ([x, x], {"a": [x]}))
+    run = fx.Interpreter(gm).run
+    torch.testing.assert_close(run([x, x], {"a": [x]}), 3 * x)
+    torch.testing.assert_close(run(x, x, x), 3 * x)
+    with pytest.raises(ValueError, match="'items' has 3 items, expected 2"):
+        run([x, x, x], {"a": [x]})
+    with pytest.raises(ValueError, match="'items' has 1 items, expected 2"):
+        run([x], {"a": [x, x]})  # as many in all
     with pytest.raises(ValueError, match="takes 3 inputs, got 4"):
-        fx.Interpreter(capture(Total(), ([x, x], {"a": [x]}))).run([x, x, x], {"a": [x]})
+        run(x, x, x, x)
 
 
 # -- what others make of it
@@ -336,6 +358,15 @@ def test_export_of_the_result_has_the_conditions_as_guards() -> None:
         assert {n.op for n in program.graph.nodes if "check" in str(n.target)} == set()
     with pytest.raises(Exception, match="specialized it to be a constant"):
         export(module, (x,), dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC},))
+
+
+def test_a_saved_archive_checks_by_the_guards_of_torch(tmp_path: Any) -> None:
+    model, x = scaled()
+    gs.optimize(model, x).save(str(tmp_path / "model.pt2"))
+    loaded = torch.export.load(str(tmp_path / "model.pt2")).module()
+    torch.testing.assert_close(loaded(x[:2]), model(x[:2]))
+    with pytest.raises(AssertionError, match=r"x.size\(\)\[2\] == 8"):
+        loaded(torch.randn(2, 3, 9, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("way", [restore, lambda gm: _pickled(restore(gm))], ids=["restored", "pickled"])

@@ -423,7 +423,7 @@ def test_folds_with_dynamic_positions() -> None:
         assert (result.graph_module(y) - model(y)).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("size", [(8, 12), (12, 8), (20, 16)], ids=str)
+@pytest.mark.parametrize("size", [(8, 12), (12, 8), (20, 4)], ids=str)
 def test_folds_patches_of_a_map_of_any_size(size: tuple[int, int]) -> None:
     """The size of the flattened map is a product of two sizes that are no symbols: `(h // 4) * (w // 4)`."""
 
