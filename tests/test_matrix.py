@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from random_chains import random_chain
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 import graphsurgery as gs
 from graphsurgery.affine.certify import LIMIT
@@ -392,8 +393,7 @@ def test_unknown_paths_and_forms_are_named() -> None:
 
 
 def test_a_stretch_of_a_network() -> None:
-    resnet = pytest.importorskip("torchvision.models").resnet18
-    model = seeded(lambda: resnet(num_classes=10))
+    model = seeded(lambda: resnet18(num_classes=10))
     gm = capture(model, torch.randn(2, 3, 32, 32))
     found = gs.affine_matrix(gm, path=("layer2.0.conv1", "layer2.0.bn1"))
     stretch = nn.Sequential(model.layer2[0].conv1, model.layer2[0].bn1)
@@ -531,7 +531,8 @@ def test_a_picture_shows_the_largest_entry_of_each_cell() -> None:
 
 
 def test_plot_draws_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib  # here, for it takes a second
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
