@@ -160,6 +160,7 @@ def check_a_random_chain(seed: int) -> None:
     wanted = columns - shift[:, None]
     found = gs.affine_matrix(model, x, form="sparse")
     scale = max(float(wanted.abs().max()), float(shift.abs().max()))
+    # the wanted columns are differences of two float64 values: their rounding is relative to the largest
     torch.testing.assert_close(found.matrix.to_dense(), wanted, rtol=0, atol=1e-11 * scale)
     torch.testing.assert_close(found.bias, shift, rtol=0, atol=1e-11 * scale)
     reads = int((wanted.abs() > 1e-9 * wanted.abs().max()).sum())
@@ -417,6 +418,7 @@ def test_a_fixed_batch_is_taken_apart() -> None:
     found = gs.affine_matrix(gm)
     wanted = copy.deepcopy(model).double()(x.double()).detach()
     assert found.output_shape == (288,)
+    # float64 sums of 27 products about one, in another order
     torch.testing.assert_close(found.apply(x), wanted, rtol=0, atol=1e-13)
 
 
@@ -485,6 +487,7 @@ def test_rank_and_condition_number_are_those_of_the_dense_matrix() -> None:
         found = gs.affine_matrix(seeded(make), torch.randn(2, *shape), form="sparse")
         dense = found.matrix.to_dense()
         wanted = torch.linalg.svdvals(dense)
+        # blockwise and dense decompositions, each right to a few roundings of the largest value, about ten
         torch.testing.assert_close(found.singular_values(), wanted, rtol=0, atol=1e-12)
         assert found.rank == int(torch.linalg.matrix_rank(dense))
         if found.rank == min(dense.shape):

@@ -56,6 +56,7 @@ def test_splits(name: str, bias: bool) -> None:
     assert found.R.shape == (expected, len(weight))
     assert off_orthonormal(found.Q) <= ORTHONORMAL
     matrix = torch.cat([weight, shift.unsqueeze(1)], 1).T if shift is not None else weight.T
+    # float64 products of up to some hundred numbers, whose sums reach some thirty times the scale
     assert torch.allclose(found.Q[:, :expected] @ found.R, matrix, rtol=0, atol=1e-13 * float(scale) * 30)
     # nothing residual reaches the outputs
     assert (found.Q[:, expected:].T @ matrix).abs().sum() <= 1e-11 * float(scale)
