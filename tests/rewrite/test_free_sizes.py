@@ -37,6 +37,22 @@ def test_height_and_width_come_free() -> None:
     assert graph_cost(work) == graph_cost(gm), "counted at the example's size"
 
 
+def test_larger_inputs_are_taken_and_smaller_ones_refused() -> None:
+    gm, _ = traced(lambda m, x: torch.relu(m.conv(x)))
+    work = copy_graph_module(gm)
+    conv = next(node for node in work.graph.nodes if op_name(node) == "conv2d")
+    free_sizes(work, {conv: (2, 3)})
+    work.recompile()
+    for run in (work, fx.Interpreter(work).run):
+        assert run(torch.ones(3, 3, 9, 13)).shape == (3, 4, 7, 11)
+        with pytest.raises(ValueError, match="the size 7 on axis 2, expected at least 8"):
+            run(torch.ones(2, 3, 7, 10))
+        with pytest.raises(ValueError, match="the size 4 on axis 1, expected 3"):
+            run(torch.ones(2, 4, 9, 13))
+    with pytest.raises(ValueError, match="the size 9 on axis 2, expected 8"):
+        gm(torch.ones(3, 3, 9, 13))
+
+
 @pytest.mark.parametrize(
     ("function", "culprit"),
     [

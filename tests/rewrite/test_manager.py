@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -155,6 +156,20 @@ def lose_checks(gm: fx.GraphModule) -> None:
     gm.graph.set_codegen(_PyTreeCodeGen(gm.graph._codegen.pytree_info))  # type: ignore[attr-defined]
 
 
+def free_a_size(*bounds: tuple[str, int | None, int | None]) -> Callable[[fx.GraphModule], None]:
+    """Let the last axis of the first input be of another size, within some bounds."""
+
+    def action(gm: fx.GraphModule) -> None:
+        own: Any = copy.copy(gm.graph._codegen)
+        (name, kind, sizes), *others = own.rules.inputs
+        assert type(sizes[-1]) is int
+        inputs = ((name, kind, (*sizes[:-1], "free")), *others)
+        own.rules = own.rules._replace(inputs=inputs, sizes=(*own.rules.sizes, *bounds))
+        gm.graph._codegen = own
+
+    return action
+
+
 def transpose_output(gm: fx.GraphModule) -> None:
     tanh = find(gm, aten.tanh.default)
     new = insert_after(tanh, aten.unsqueeze.default, 0)
@@ -179,6 +194,9 @@ LIES = {
     "signature-output": (drop_output, True, "structure of the output"),
     "signature-codegen": (lose_codegen, True, "codegen"),
     "signature-checks": (lose_checks, True, "checks its arguments"),
+    "signature-unbounded": (free_a_size(), True, "checks its arguments"),
+    "signature-smaller-too": (free_a_size(("free", 1, None)), True, "checks its arguments"),
+    "signature-not-larger": (free_a_size(("free", 4, 4)), True, "checks its arguments"),
     "shapes": (transpose_output, True, "shape of output 0"),
     "dtypes": (halve_output, True, "float16"),
 }
