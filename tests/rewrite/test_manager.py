@@ -166,6 +166,7 @@ def free_a_size(*bounds: tuple[str, int | None, int | None]) -> Callable[[fx.Gra
         inputs = ((name, kind, (*sizes[:-1], "free")), *others)
         own.rules = own.rules._replace(inputs=inputs, sizes=(*own.rules.sizes, *bounds))
         gm.graph._codegen = own
+        drop_relu(gm)  # the graph itself changes too
 
     return action
 
