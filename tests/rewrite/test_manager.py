@@ -216,6 +216,12 @@ def test_a_lie_is_rolled_back_and_named(gm: fx.GraphModule, lie: str) -> None:
     assert structural_hash(gm) == before
 
 
+def test_a_size_may_be_freed_from_the_examples_on(gm: fx.GraphModule) -> None:
+    result = PassManager([scripted(free_a_size(("free", 4, None)))], max_rounds=1)(gm)
+    assert "signature" not in {failure.code for failure in result.failures}
+    assert len(result.changes) == 1
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_strict_raises_and_names_the_pass(gm: fx.GraphModule, lie: str) -> None:
     action, says, _ = LIES[lie]
