@@ -27,7 +27,7 @@ _ROUNDING = 2.0**-45  # of the value itself, which a large shift may dominate: 2
 _NEGLIGIBLE = 1e-4  # of the largest variation: a channel of nearly nothing is measured by the others
 _LOUD = 2.0**7  # a shift so many times the variation does no harm: ten digits are left
 _ODD = 1.37  # no power of two: every product rounds otherwise
-SAMPLES = 8  # least number of positions over which a channel's scale is taken
+SAMPLES = 4  # least number of positions over which a channel's scale is taken
 
 
 def residual(region: Region, form: Form, slots: Mapping[str, torch.Tensor], seed: int = 0) -> float:

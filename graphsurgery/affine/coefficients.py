@@ -43,7 +43,7 @@ class Coefficients:
 
     Attributes:
         form: the form.
-        slots: float64 tensors by slot name, in the shapes of `form.slots`.
+        slots: tensors by slot name, in the shapes of `form.slots`; float64 as they are found.
         method: `closed`, `columns` or `rows`.
     """
 

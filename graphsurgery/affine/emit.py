@@ -78,10 +78,9 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
 
     Args:
         region: the region, of a graph that may be changed.
-        filled: a certified form of it, float64; its numbers are cast to the dtype of the region's exit.
+        filled: a certified form of it, whose tensors become the graph's own, in the dtype of the exit.
     """
-    gm, graph, dtype = region.scope.gm, region.scope.gm.graph, tensor_meta(region.exit).dtype
-    device = tensor_meta(region.exit).device
+    gm, graph = region.scope.gm, region.scope.gm.graph
     member = resembled(region, filled.form.kind)
     dying = _dying(region)
     path = _path(region, member, dying, filled.slots)
@@ -91,9 +90,7 @@ def emit(region: Region, filled: Coefficients) -> Emitted:
     last: fx.Node = region.exit
     for slot, value in filled.slots.items():
         target = f"{path}.{slot}"
-        stored = value.to(dtype=dtype, device=device, memory_format=torch.contiguous_format, copy=True)
-        stored.requires_grad_(trainable)
-        set_attr(gm, target, stored, parameter=slot in ("weight", "bias"))
+        set_attr(gm, target, value.requires_grad_(trainable), parameter=slot in ("weight", "bias"))
         with graph.inserting_after(last):
             last = attributes[slot] = graph.get_attr(target)
         annotate(gm, last)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,7 +37,7 @@ class Ready:
 
     Attributes:
         region: what it replaces.
-        filled: its form with the coefficients.
+        filled: its form with the coefficients, in the dtype and on the device of the exit.
         residual: of its certificate.
     """
 
@@ -67,29 +68,46 @@ def prepare(fold: Fold, memory_budget: int) -> Ready:
             with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
                 filled = fill(region, fold.option.form, memory_budget)
             deviation = residual(region, filled.form, filled.slots)
-        _check(fold, filled, deviation)
+        stored = _stored(region, filled)
+        if not deviation <= LIMIT:
+            raise NoFold(
+                "certificate",
+                f"the folded form deviates from the original by {deviation:.1e} in float64, expected at most "
+                f"{LIMIT:.0e}; please report this",
+            )
     except NoFold:
         raise
     except Exception as error:  # nothing is written yet: a bug costs one fold, not all
         reason = f"the fold could not be computed ({type(error).__name__}: {error}); please report this"
         raise NoFold("internal", reason) from error
-    return Ready(region, filled, deviation)
+    return Ready(region, stored, deviation)
 
 
-def _check(fold: Fold, filled: Coefficients, deviation: float) -> None:
-    dtype = tensor_meta(fold.region.exit).dtype
+def _stored(region: Region, filled: Coefficients) -> Coefficients:
+    """The coefficients as the model will hold them: in the dtype and on the device of the region's exit.
+
+    Raises:
+        NoFold: one of them is not finite, or too large for the dtype.
+    """
+    like = tensor_meta(region.exit)
+    slots = {}
     for slot, value in filled.slots.items():
-        low, high = torch.aminmax(value) if value.numel() else (torch.zeros(()), torch.zeros(()))
-        largest = max(abs(float(low)), abs(float(high)))  # a NaN makes both NaN
-        if not largest < float("inf"):
-            raise NoFold(
-                "not-finite", f"the folded {slot} holds NaN or infinity, as the weights it comes from do"
-            )
-        if largest > torch.finfo(dtype).max:
-            raise NoFold("overflow", f"the folded {slot} reaches {largest:.1e}, which does not fit {dtype}")
-    if not deviation <= LIMIT:
-        raise NoFold(
-            "certificate",
-            f"the folded form deviates from the original by {deviation:.1e} in float64, expected at most "
-            f"{LIMIT:.0e}; please report this",
+        narrow = value.to(
+            dtype=like.dtype, device=like.device, memory_format=torch.contiguous_format, copy=True
         )
+        if not math.isfinite(_largest(narrow)):  # half the bytes of a float64 slot, of which few are wrong
+            if not math.isfinite(_largest(value)):
+                raise NoFold(
+                    "not-finite", f"the folded {slot} holds NaN or infinity, as the weights it comes from do"
+                )
+            reached = f"the folded {slot} reaches {_largest(value):.1e}"
+            raise NoFold("overflow", f"{reached}, which does not fit {like.dtype}")
+        slots[slot] = narrow
+    return replace(filled, slots=slots)
+
+
+def _largest(value: torch.Tensor) -> float:
+    """The largest size of an element; not finite where any is not."""
+    if not value.numel():
+        return 0.0
+    return max(abs(float(bound)) for bound in torch.aminmax(value))  # a NaN makes both NaN
