@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from graphsurgery.export import export_onnx
 from graphsurgery.graph import capture_info
 from graphsurgery.report import PassCheck
 from graphsurgery.restore import restore
-from graphsurgery.rewrite import CheckResult, Event, ManagerResult, Pass, PassFailure, PassManager, Step
+from graphsurgery.rewrite import CheckResult, Event, ManagerResult, Pass, PassFailure, PassManager
+from graphsurgery.rewrite.sealing import Attempt, Separated, separate
 from graphsurgery.verify import Baseline, Inputs, Verdict
 
 __all__ = ["Proof"]
@@ -68,6 +69,7 @@ class Proof:
         self.captured = captured
         self.info = capture_info(captured)
         self.pass_checks: list[PassCheck] = []
+        self._last_checked: tuple[fx.GraphModule, str] | None = None
         self._on_event = on_event
         self._baselines: dict[tuple[int, ...], Baseline] = {}
 
@@ -127,6 +129,9 @@ class Proof:
             except GraphSurgeryError as error:  # the captured graph did not raise, so the pass is to blame
                 reason = str(error)
         ok = on_onnx is not None and on_onnx.ok
+        if self._last_checked == (before, item.name):  # the same run of the pass, with some changes left out
+            self.pass_checks.pop()
+        self._last_checked = before, item.name
         self.pass_checks.append(PassCheck(item.name, ok, in_torch, on_onnx))
         return _Checked(ok, reason)
 
@@ -155,19 +160,50 @@ class Proof:
             VerificationError: No pass is to blame: what was captured, or what is restored from it, differs.
         """
         failures, seconds = list(result.failures), dict(result.seconds)
-        remaining = manager.passes
+        remaining, sealed = manager.passes, dict(manager.sealed)
         while not (verdict := self.baseline_of(result.graph_module).compare(module)).ok:
-            step, reason = self._culprit(result, verdict)
-            failures.append(PassFailure(step.pass_name, "verification", reason, step.round))
-            self._tell(manager, failures[-1])
-            failed = {failure.pass_name for failure in failures if failure.code != "no-fixed-point"}
-            remaining = tuple(item for item in remaining if item.name not in failed)
-            result = PassManager(remaining, check=manager.check, on_event=manager.on_event)(self.captured)
+            index, reason = self._culprit(result, verdict)
+            step = result.steps[index]
+            found = self._wrong_changes(manager, result, index, sealed, reason)
+            if found is None:
+                failures.append(PassFailure(step.pass_name, "verification", reason, step.round))
+                self._tell(manager, failures[-1])
+            else:
+                sealed[step.pass_name] = sealed.get(step.pass_name, frozenset()) | found.sealed
+                failures += [
+                    PassFailure(step.pass_name, "verification", why, step.round, changes)
+                    for changes, why in found.wrong
+                ]
+            whole = {f.pass_name for f in failures if f.code != "no-fixed-point" and not f.changes}
+            remaining = tuple(item for item in remaining if item.name not in whole)
+            again = PassManager(remaining, check=manager.check, on_event=manager.on_event, sealed=sealed)
+            result = again(self.captured)
             failures += result.failures
             for name, spent in result.seconds.items():
                 seconds[name] += spent
             module = restore(result.graph_module)
         return replace(result, failures=tuple(failures), seconds=seconds), module, verdict
+
+    def _wrong_changes(
+        self,
+        manager: PassManager,
+        result: ManagerResult,
+        index: int,
+        sealed: Mapping[str, frozenset[str]],
+        reason: str,
+    ) -> Separated | None:
+        """The changes that make a step wrong; None where they cannot be told from the others."""
+        step = result.steps[index]
+        before = result.steps[index - 1].graph_module if index else self.captured
+        (item,) = (each for each in manager.passes if each.name == step.pass_name)
+        known = sealed.get(step.pass_name, frozenset())
+
+        def attempt(names: frozenset[str]) -> Attempt:
+            again = PassManager([item], max_rounds=1, sealed={item.name: known | names})(before)
+            found = self.baseline_of(again.graph_module).compare(again.graph_module)
+            return Attempt(again.changes, None if found.ok else found.reason)
+
+        return separate(Attempt(step.changes, reason), attempt)
 
     def _tell(self, manager: PassManager, failure: PassFailure) -> None:
         if self._on_event is not None:
@@ -176,7 +212,7 @@ class Proof:
             round, reason = failure.round, failure.reason
             self._on_event(Event("pass-failed", names[index], index, len(names), round, reason=reason))
 
-    def _culprit(self, result: ManagerResult, verdict: Verdict) -> tuple[Step, str]:
+    def _culprit(self, result: ManagerResult, verdict: Verdict) -> tuple[int, str]:
         """Find the first step whose graph differs from the original, by halving; and how it differs."""
         captured = self.baseline.compare(self.captured)
         if not captured.ok:
@@ -196,4 +232,4 @@ class Proof:
                 good = middle
             else:
                 bad, reason = middle, found.reason
-        return result.steps[bad], reason
+        return bad, reason

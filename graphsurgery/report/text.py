@@ -44,7 +44,12 @@ def render(report: Report, *, limit: int | None = None) -> RenderableType:
     parts.append(changes_text(report.changes, limit=limit))
     parts.append(refusals_text(report.refusals, limit=limit))
     for failure in report.failures:
-        line = f"rolled back: {failure.pass_name} ({failure.code}, round {failure.round}): {failure.reason}"
+        where = f"{failure.pass_name} ({failure.code}, round {failure.round})"
+        line = f"rolled back: {where}: {failure.reason}"
+        if failure.changes:
+            replaced = tuple(ref for change in failure.changes for ref in change.before)
+            what = f"{_place(replaced)}{' + '.join(ref.op for ref in replaced)}"
+            line = f"undone, all else of the pass kept: {where}: {what}: {failure.reason}"
         parts.append(Text(line, style="bold red"))
     parts.append(verification_text(report))
     return Group(*parts)

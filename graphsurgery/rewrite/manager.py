@@ -12,13 +12,15 @@ After each run:
    declared exact;
 5. the `check` callback, which the pipeline gives, compares numbers.
 
-A pass that fails one of them is rolled back, reported as a `PassFailure` and not run again.
+A result that fails one of 3 to 5 is taken apart: the changes that make it wrong are found by halving, undone
+alone (`graphsurgery.rewrite.sealing`) and reported as a `PassFailure` that names them. Where that does not
+help, and where a pass fails 1 or 2, it is rolled back whole and not run again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ from graphsurgery.rewrite.checks import Finding, check_graph, check_values, run_
 from graphsurgery.rewrite.contracts import Pass, PassResult, Refusal
 from graphsurgery.rewrite.fingerprint import Ledger, fingerprint, held_tensors
 from graphsurgery.rewrite.records import CheckResult, Event, EventKind, ManagerResult, PassFailure, Step
+from graphsurgery.rewrite.sealing import Attempt, seal, separate, unseal
 
 __all__ = ["PassManager"]
 
@@ -47,6 +50,7 @@ class PassManager:
         max_rounds: Rounds after which to stop although passes still change the graph; reported as a failure
             of the last pass that did. The graph stays valid.
         strict: Raise instead of rolling back.
+        sealed: By the name of a pass, names of the calls that it must leave as they are.
 
     Raises:
         PassError: `passes` holds something that is not a `Pass` instance, or `max_rounds` is below 1.
@@ -60,6 +64,7 @@ class PassManager:
         on_event: Callable[[Event], None] | None = None,
         max_rounds: int = 8,
         strict: bool = False,
+        sealed: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         """See the class."""
         self.passes = tuple(passes)
@@ -78,6 +83,7 @@ class PassManager:
         self.on_event = on_event
         self.max_rounds = max_rounds
         self.strict = strict
+        self.sealed = {name: frozenset(calls) for name, calls in (sealed or {}).items()}
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any = None) -> ManagerResult:
         """Run the passes on `gm`, which is left as it is.
@@ -101,6 +107,16 @@ class _Snapshot:
     print: str
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """One run of a pass: its result (None if it gave none), the graph, what is wrong, the outputs."""
+
+    result: PassResult | None
+    after: _Snapshot
+    finding: Finding | None
+    outputs: list[Any] | None
+
+
 class _Run:
     """One call of the manager: the current graph and the records so far."""
 
@@ -113,6 +129,7 @@ class _Run:
         self.steps: list[Step] = []
         self.failures: list[PassFailure] = []
         self.refusals: dict[int, tuple[Refusal, ...]] = {}
+        self.sealed = dict(manager.sealed)
         self.settled: dict[int, str] = {}  # pass -> fingerprint of the graph in which it found nothing to do
         self.disabled: set[int] = set()
         self.seconds: dict[str, float] = {}
@@ -150,9 +167,10 @@ class _Run:
         declared = self.manager.passes[index]
         self._tell("pass-start", index)
         start = time.perf_counter()
-        result, after, finding = self._attempt(declared)
-        if finding is None and result is not None and result.modified:
-            finding = self._check(declared, after)
+        tried = self._try(declared, self.sealed.get(declared.name, frozenset()))
+        if tried.finding is not None and tried.result is not None and not self.manager.strict:
+            tried = self._without_wrong_changes(declared, tried) or tried
+        result, finding = tried.result, tried.finding
         self.seconds[declared.name] = self.seconds.get(declared.name, 0.0) + time.perf_counter() - start
         if result is not None:
             self.refusals[index] = (
@@ -162,17 +180,52 @@ class _Run:
             self._fail(index, finding or ("raised", "gave no result"))
             return False
         if result.modified:
-            self.current = after
-            self.steps.append(Step(declared.name, self.round, after.gm, result.changes))
+            self.current, self.outputs = tried.after, tried.outputs
+            self.steps.append(Step(declared.name, self.round, self.current.gm, result.changes))
         else:
             self.settled[index] = self.current.print
         self._tell("pass-done", index, changes=len(result.changes))
         return result.modified
 
-    def _attempt(self, declared: Pass) -> tuple[PassResult | None, _Snapshot, Finding | None]:
+    def _without_wrong_changes(self, declared: Pass, failed: _Tried) -> _Tried | None:
+        """The pass without the changes that make it wrong; None where it cannot be had."""
+        known = self.sealed.get(declared.name, frozenset())
+        last = failed
+
+        def attempt(names: frozenset[str]) -> Attempt:
+            nonlocal last
+            last = self._try(declared, known | names)
+            changes = last.result.changes if last.result is not None else ()
+            return Attempt(changes, last.finding[1] if last.finding is not None else None)
+
+        if failed.result is None or failed.finding is None:
+            return None
+        found = separate(Attempt(failed.result.changes, failed.finding[1]), attempt)
+        if found is None:
+            return None
+        self.sealed[declared.name] = known | found.sealed
+        for changes, reason in found.wrong:
+            failure = PassFailure(declared.name, failed.finding[0], reason, self.round, changes)
+            self.failures.append(failure)
+        return last
+
+    def _try(self, declared: Pass, sealed: frozenset[str]) -> _Tried:
+        """One run of a pass on the current graph, checked."""
+        result, after, finding = self._attempt(declared, sealed)
+        outputs = self.outputs
+        if finding is None and result is not None and result.modified:
+            finding, outputs = self._check(declared, after)
+        return _Tried(result, after, finding, outputs)
+
+    def _attempt(
+        self, declared: Pass, sealed: frozenset[str]
+    ) -> tuple[PassResult | None, _Snapshot, Finding | None]:
         """Cases 1 and 2 of the module docstring."""
         before = self.current
         given = copy_graph_module(before.gm)
+        if sealed:
+            seal(given, sealed)
+        untouched = self._snapshot(given).print if sealed else before.print
         result: PassResult | None = None
         finding: Finding | None = None
         try:
@@ -183,10 +236,12 @@ class _Run:
             finding = "raised", f"raised {type(error).__name__}: {str(error).strip() or 'no message'}"
         self._refuse_written_tensors([declared.name], contents=False)
         finding = finding or wrong_result(result)
-        if finding is None and self._snapshot(given).print != before.print:
+        if finding is None and self._snapshot(given).print != untouched:
             finding = "input-modified", "modified the graph it was given instead of a copy"
         if finding is not None or result is None:
             return None, before, finding
+        if sealed:
+            unseal(result.graph_module)
         after = self._snapshot(result.graph_module)
         if not result.changes and after.print != before.print:
             finding = "false-no-change", "reports no change but handed back another graph"
@@ -208,27 +263,26 @@ class _Run:
                 "expected a new tensor under a new attribute; load the model anew and leave the pass out"
             )
 
-    def _check(self, declared: Pass, after: _Snapshot) -> Finding | None:
-        """Cases 3 to 5 of the module docstring."""
-        before = self.current.gm
+    def _check(self, declared: Pass, after: _Snapshot) -> tuple[Finding | None, list[Any] | None]:
+        """Cases 3 to 5 of the module docstring; and the outputs for the example inputs, if there are any."""
+        before, outputs = self.current.gm, self.outputs
         finding = check_graph(before, after.gm, declared)
         if finding is not None:
-            return finding
+            return finding, None
         if self.outputs is not None:
             try:
                 outputs = run_graph(after.gm, self.inputs)
             except Exception as error:  # noqa: BLE001 (a foreign graph may raise anything)
-                return "raised", f"left a graph that does not run: {type(error).__name__}: {error}"
+                reason = f"left a graph that does not run: {type(error).__name__}: {error}"
+                return ("raised", reason), None
             finding = check_values(self.outputs, outputs, declared)
             if finding is not None:
-                return finding
+                return finding, None
         if self.manager.check is not None:
             verdict = self.manager.check(before, after.gm, declared)
             if not verdict.ok:
-                return "check", verdict.reason
-        if self.outputs is not None:
-            self.outputs = outputs
-        return None
+                return ("check", verdict.reason), None
+        return None, outputs
 
     def _fail(self, index: int, finding: Finding) -> None:
         code, reason = finding

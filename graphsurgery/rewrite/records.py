@@ -52,7 +52,7 @@ class Event:
 
 @dataclass(frozen=True)
 class PassFailure:
-    """A pass that was rolled back.
+    """A pass that was rolled back, or some of its changes alone.
 
     Attributes:
         pass_name: The culprit.
@@ -61,12 +61,15 @@ class PassFailure:
             `signature`, `shapes`, `dtypes`, `values`, `check`, `no-fixed-point`.
         reason: One sentence.
         round: The round in which it happened, from 1.
+        changes: The changes that were undone, all else of the pass being kept; empty where it was rolled back
+            whole.
     """
 
     pass_name: str
     code: str
     reason: str
     round: int
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)

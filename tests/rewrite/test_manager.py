@@ -362,7 +362,8 @@ def test_a_failing_check_rolls_back_with_its_reason(gm: fx.GraphModule) -> None:
 
     result = PassManager([scripted(drop_relu), DropOneRelu()], check=check)(gm)
     assert [(f.code, f.reason) for f in result.failures] == [("check", "off by 0.5 at (0, 1)")]
-    assert seen == [("culprit", True), ("drop-one-relu", True)]
+    # Tried again with what it changed kept away from it, which this one does not heed.
+    assert list(dict.fromkeys(seen)) == [("culprit", True), ("drop-one-relu", True)]
 
 
 def test_a_pass_that_is_rolled_back_keeps_its_refusals(gm: fx.GraphModule) -> None:
