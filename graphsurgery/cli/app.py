@@ -1,12 +1,14 @@
 """The commands: `optimize`, `verify`, `inspect`, `split-head`, `passes`.
 
 Exit codes: 0 done and verified; 1 verification failed; 2 bad usage or model; 3 a bug of graphsurgery's own;
-130 interrupted.
+130 interrupted; 143 told to end (SIGTERM).
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -76,7 +78,8 @@ def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
         except (UsageError, gs.GraphSurgeryError) as error:
             code, kind, message = 2, type(error).__name__, str(error)
         except KeyboardInterrupt:
-            code, kind, message = 130, "KeyboardInterrupt", "interrupted; nothing was written"
+            code, kind = 130, "KeyboardInterrupt"
+            message = "interrupted; a file that was not finished is not there, or is the old one"
         except Exception as error:  # noqa: BLE001 - a bug of ours must not look like a failed verification
             ERR.print(traceback.format_exc(), markup=False, highlight=False)
             code, kind, message = 3, type(error).__name__, f"this is a bug of graphsurgery: {error}"
@@ -224,4 +227,10 @@ def _split(names: list[str] | None) -> tuple[str, ...] | None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)  # so that what is half done is tidied up
     app(args=argv)
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)

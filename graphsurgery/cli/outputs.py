@@ -11,7 +11,7 @@ from pathlib import Path
 from graphsurgery.cli.errors import UsageError
 from graphsurgery.export.files import commit, staging
 
-__all__ = ["check_writable", "staged", "staged_model"]
+__all__ = ["check_writable", "staged_model"]
 
 
 def check_writable(outputs: dict[str, Path | None]) -> None:
@@ -48,19 +48,8 @@ def check_writable(outputs: dict[str, Path | None]) -> None:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed to `path` when the block ends well, removed when not."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def staged_model(path: Path) -> Iterator[Path]:
-    """The same for an ONNX file, which may have a file of weights beside it.
+    """Give a temporary path for an ONNX file, which may have a file of weights beside it; then move both.
 
     Raises:
         ExportError: The file cannot be put in its place.

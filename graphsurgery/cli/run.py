@@ -16,8 +16,9 @@ import graphsurgery as gs
 from graphsurgery.cli.errors import UsageError
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
-from graphsurgery.cli.outputs import check_writable, staged, staged_model
+from graphsurgery.cli.outputs import check_writable, staged_model
 from graphsurgery.cli.progress import progress
+from graphsurgery.export.files import staged
 from graphsurgery.report.codec import to_plain
 
 __all__ = [

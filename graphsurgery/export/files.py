@@ -1,9 +1,16 @@
-"""Files written whole or not at all, an ONNX model together with its external data."""
+"""Files written whole or not at all, an ONNX model together with its external data.
+
+Everything is made in a hidden folder beside its place, on the same file system, and renamed at the end, which
+is one step for whoever looks. The folder is removed however the work ends; a process that is killed outright
+leaves it behind, under a name that tells whose it was, and the next one that writes there removes it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +20,7 @@ import onnx
 
 from graphsurgery.errors import ExportError
 
-__all__ = ["commit", "data_name", "staging"]
+__all__ = ["commit", "data_name", "staged", "staging"]
 
 
 @contextmanager
@@ -32,14 +39,57 @@ def staging(path: Path) -> Iterator[Path]:
         raise ExportError(f"cannot write {path}: the directory {path.parent} does not exist; create it first")
     if path.exists() and not os.access(path, os.W_OK):
         raise ExportError(f"cannot write {path}: the file is write-protected")
+    _remove_stale(path)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        owner = f".{path.name}.{_host()}-{os.getpid()}."
+        folder = Path(tempfile.mkdtemp(prefix=owner, suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give a temporary path for one file, renamed to `path` when the block ends well, removed when not.
+
+    Raises:
+        ExportError: As for `staging`, or the file cannot be put in its place.
+    """
+    with staging(path) as folder:
+        file = folder / path.name
+        yield file
+        try:
+            os.replace(file, path)
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what processes of this machine that are no more left behind on their way to `path`."""
+    name = re.compile(re.escape(f".{path.name}.{_host()}-") + r"(\d+)\..*\.tmp")
+    for entry in list(path.parent.iterdir()):
+        found = name.fullmatch(entry.name)
+        if found is not None and not _alive(int(found[1])):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":  # there a signal of 0 ends the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def data_name(path: Path) -> str:

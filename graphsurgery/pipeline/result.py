@@ -20,6 +20,7 @@ from graphsurgery.capture.inputs import Inputs as CallInputs
 from graphsurgery.capture.program import export_model, quiet
 from graphsurgery.errors import CaptureError, ExportError
 from graphsurgery.export import ExportResult, export_onnx, free_call, latency_ms
+from graphsurgery.export.files import staged
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.report import OnnxFile, Report
 from graphsurgery.restore import restore
@@ -106,7 +107,6 @@ class OptimizeResult:
         """
         target = Path(path)
         info = self._proof.info
-        temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp.pt2")
         try:
             inputs, shapes = CallInputs(info.args, dict(info.kwargs)), self._dynamic_shapes
             freed = any(EXAMPLE_SHAPE in node.meta for node in self.graph_module.graph.nodes)
@@ -116,13 +116,10 @@ class OptimizeResult:
             exported = export_model(self.module, inputs, shapes)
             if freed:
                 _accept(exported.program, info.args, info.kwargs)
-            with quiet():
+            with staged(target) as temporary, quiet():
                 torch.export.save(exported.program, temporary)
-            os.replace(temporary, target)
         except (CaptureError, OSError, RuntimeError) as error:
             raise ExportError(f"{target} was not written: {str(error).splitlines()[0]}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return target
 
 

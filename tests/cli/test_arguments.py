@@ -12,7 +12,7 @@ from torch import nn
 from graphsurgery.cli.errors import UsageError, first_line, nearest
 from graphsurgery.cli.inputs import example_inputs, parse_input
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
-from graphsurgery.cli.outputs import check_writable, staged
+from graphsurgery.cli.outputs import check_writable
 
 MODELS = """
 import torch
@@ -251,23 +251,6 @@ def test_finds_a_folder_without_write_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="Permission denied"):
         check_writable({"-o": tmp_path / "a.onnx"})
-
-
-def test_a_staged_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "out.json"
-    with staged(path) as temporary:
-        temporary.write_text("whole")
-        assert not path.exists()
-    assert path.read_text() == "whole"
-
-    def interrupted() -> None:
-        with staged(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [item.read_text() for item in tmp_path.iterdir()] == ["whole"]
 
 
 def test_messages_are_short() -> None:
