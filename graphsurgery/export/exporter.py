@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import onnx
 import onnx_ir
 import torch
+from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
@@ -162,6 +163,8 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
             f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing"
         )
     model: onnx_ir.Model = found.model
+    # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
+    NameFixPass()(model)
     _strip_traces(model)
     if not _name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
