@@ -98,7 +98,7 @@ def export_onnx(
         module: What is exported.
         info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs
             is called `batch` in the file; other sizes that `module`, captured, leaves free are called by
-            their input and axis, `image_dim2`.
+            their input and axis, `image_dim2`; an output with the name of an input, `image_out`.
         path: The file. An older one is replaced at the end, at once.
         reference: The original module, which onnxruntime's results are compared with; None takes `module`.
         verify: Whether to compare. Without it `verdict` is None, which is not "passed".
@@ -152,7 +152,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
                 opset_version=opset,
                 verbose=False,
                 input_names=_input_names(info, example),
-                output_names=list(info.output_names) or None,
+                output_names=list(_file_outputs(info)) or None,
             )
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
         raise ExportError(
@@ -280,6 +280,21 @@ def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
     return names if len(names) == len(example.tensors()) else None
 
 
+def _file_outputs(info: ExportInfo) -> tuple[str, ...]:
+    """Return the names of the outputs in the file: the model's, with `_out` behind that of an input.
+
+    `{"x": f(x)}` is a usual module, but a name stands for one value in an ONNX graph.
+    """
+    taken, names = {*info.input_names, *info.output_names}, []
+    for name in info.output_names:
+        fresh = name
+        while name in info.input_names and fresh in taken:
+            fresh += "_out"
+        taken.add(fresh)
+        names.append(fresh)
+    return tuple(names)
+
+
 def _name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
     """Name the free sizes, everywhere: `batch` if `batched`, others by their input and axis (`image_dim2`).
 
@@ -396,5 +411,5 @@ def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict,
 
 
 def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:
-    names = tuple(info.output_names)
+    names = _file_outputs(info)
     return names if len(names) == len(baseline.outputs) else ()
