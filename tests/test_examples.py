@@ -26,6 +26,9 @@ def test_the_digits_demo_holds(tmp_path: Path) -> None:
     ("name", "files"),
     [
         pytest.param("two_heads", {"fc.onnx", "conv.onnx"}, id="two-heads"),
+        pytest.param("pointwise", {"linear.onnx", "back.onnx"}, id="pointwise"),
+        pytest.param("rounding", {"ones.onnx", "small.onnx"}, id="rounding"),
+        pytest.param("collapse", {"network.onnx"}, id="collapse"),
     ],
 )
 def test_the_demo_holds(name: str, files: set[str], tmp_path: Path) -> None:
