@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.files import commit, data_name, staging
+from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.sessions import load_model
 from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
@@ -39,7 +39,6 @@ _LARGEST_FILE = 2**31 - 2**20
 """Protobuf ends at 2 GB; a megabyte is left for the graph itself."""
 
 _CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-_SYMBOL = re.compile(r"^[A-Za-z_]\w*$")
 
 
 class ExportInfo(Protocol):
@@ -152,7 +151,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
                 opset_version=opset,
                 verbose=False,
                 input_names=_input_names(info, example),
-                output_names=list(_file_outputs(info)) or None,
+                output_names=list(file_outputs(info.input_names, info.output_names)) or None,
             )
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
         raise ExportError(
@@ -166,7 +165,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
     NameFixPass()(model)
     _strip_traces(model)
-    if not _name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
+    if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
     return model, notes
 
@@ -280,51 +279,6 @@ def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
     return names if len(names) == len(example.tensors()) else None
 
 
-def _file_outputs(info: ExportInfo) -> tuple[str, ...]:
-    """Return the names of the outputs in the file: the model's, with `_out` behind that of an input.
-
-    `{"x": f(x)}` is a usual module, but a name stands for one value in an ONNX graph.
-    """
-    taken, names = {*info.input_names, *info.output_names}, []
-    for name in info.output_names:
-        fresh = name
-        while name in info.input_names and fresh in taken:
-            fresh += "_out"
-        taken.add(fresh)
-        names.append(fresh)
-    return tuple(names)
-
-
-def _name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
-    """Name the free sizes, everywhere: `batch` if `batched`, others by their input and axis (`image_dim2`).
-
-    Returns:
-        Whether there is a batch: a free leading dimension.
-    """
-    names: dict[str, str] = {}
-    symbols = [
-        (value.name, axis, dim.value)
-        for value in model.graph.inputs
-        for axis, dim in enumerate(value.shape or ())
-        if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and _SYMBOL.match(dim.value)
-    ]
-    batch = next((symbol for _, axis, symbol in symbols if axis == 0), None) if batched else None
-    if batch is not None:
-        names[batch] = "batch"
-    for name, axis, symbol in symbols:
-        names.setdefault(symbol, f"{name}_dim{axis}")
-    if names:
-        pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
-        values = [*model.graph.inputs, *model.graph.outputs]
-        values += [out for node in model.graph.all_nodes() for out in node.outputs]
-        for value in {id(value): value for value in values}.values():
-            for axis, dim in enumerate(value.shape or ()):
-                if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
-                    text = pattern.sub(lambda found: names[found[0]], dim.value)
-                    value.shape[axis] = text  # type: ignore[index]
-    return batch is not None
-
-
 def _strip_traces(model: onnx_ir.Model) -> None:
     """Take out what torch's exporter notes of the source: absolute paths and lines of code."""
     parts: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
@@ -411,5 +365,5 @@ def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict,
 
 
 def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:
-    names = _file_outputs(info)
+    names = file_outputs(info.input_names, info.output_names)
     return names if len(names) == len(baseline.outputs) else ()
