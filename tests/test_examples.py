@@ -22,14 +22,22 @@ def test_the_digits_demo_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_head_split_demo_holds(tmp_path: Path) -> None:
-    demo = DIGITS.parent / "head_split" / "demo.py"
-    command = [sys.executable, str(demo), "--out", "split"]
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        pytest.param("two_heads", {"fc.onnx", "conv.onnx"}, id="two-heads"),
+        pytest.param("pointwise", {"linear.onnx", "back.onnx"}, id="pointwise"),
+        pytest.param("rounding", {"ones.onnx", "small.onnx"}, id="rounding"),
+        pytest.param("collapse", {"network.onnx"}, id="collapse"),
+    ],
+)
+def test_the_demo_holds(name: str, files: set[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(DIGITS.parent / name / "demo.py"), "--out", "files"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all checks hold" in done.stdout
     assert "WRONG" not in done.stdout
-    assert {path.name for path in (tmp_path / "split").iterdir()} == {"fc.onnx", "conv.onnx"}
+    assert {path.name for path in (tmp_path / "files").iterdir()} == files
 
 
 def test_the_digits_weights_are_small_floats() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from typing import Any, Protocol
 import onnx
 import onnx_ir
 import torch
+from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.files import commit, data_name, staging
+from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.sessions import load_model
 from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
@@ -38,7 +39,6 @@ _LARGEST_FILE = 2**31 - 2**20
 """Protobuf ends at 2 GB; a megabyte is left for the graph itself."""
 
 _CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-_SYMBOL = re.compile(r"^[A-Za-z_]\w*$")
 
 
 class ExportInfo(Protocol):
@@ -97,7 +97,7 @@ def export_onnx(
         module: What is exported.
         info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs
             is called `batch` in the file; other sizes that `module`, captured, leaves free are called by
-            their input and axis, `image_dim2`.
+            their input and axis, `image_dim2`; an output with the name of an input, `image_out`.
         path: The file. An older one is replaced at the end, at once.
         reference: The original module, which onnxruntime's results are compared with; None takes `module`.
         verify: Whether to compare. Without it `verdict` is None, which is not "passed".
@@ -151,7 +151,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
                 opset_version=opset,
                 verbose=False,
                 input_names=_input_names(info, example),
-                output_names=list(info.output_names) or None,
+                output_names=list(file_outputs(info.input_names, info.output_names)) or None,
             )
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
         raise ExportError(
@@ -162,8 +162,10 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
             f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing"
         )
     model: onnx_ir.Model = found.model
+    # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
+    NameFixPass()(model)
     _strip_traces(model)
-    if not _name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
+    if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
     return model, notes
 
@@ -277,36 +279,6 @@ def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
     return names if len(names) == len(example.tensors()) else None
 
 
-def _name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
-    """Name the free sizes, everywhere: `batch` if `batched`, others by their input and axis (`image_dim2`).
-
-    Returns:
-        Whether there is a batch: a free leading dimension.
-    """
-    names: dict[str, str] = {}
-    symbols = [
-        (value.name, axis, dim.value)
-        for value in model.graph.inputs
-        for axis, dim in enumerate(value.shape or ())
-        if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and _SYMBOL.match(dim.value)
-    ]
-    batch = next((symbol for _, axis, symbol in symbols if axis == 0), None) if batched else None
-    if batch is not None:
-        names[batch] = "batch"
-    for name, axis, symbol in symbols:
-        names.setdefault(symbol, f"{name}_dim{axis}")
-    if names:
-        pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
-        values = [*model.graph.inputs, *model.graph.outputs]
-        values += [out for node in model.graph.all_nodes() for out in node.outputs]
-        for value in {id(value): value for value in values}.values():
-            for axis, dim in enumerate(value.shape or ()):
-                if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
-                    text = pattern.sub(lambda found: names[found[0]], dim.value)
-                    value.shape[axis] = text  # type: ignore[index]
-    return batch is not None
-
-
 def _strip_traces(model: onnx_ir.Model) -> None:
     """Take out what torch's exporter notes of the source: absolute paths and lines of code."""
     parts: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
@@ -393,5 +365,5 @@ def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict,
 
 
 def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:
-    names = tuple(info.output_names)
+    names = file_outputs(info.input_names, info.output_names)
     return names if len(names) == len(baseline.outputs) else ()

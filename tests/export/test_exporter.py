@@ -129,6 +129,44 @@ def test_keywords_several_inputs_and_outputs(tmp_path: Path) -> None:
     assert {v.type.tensor_type.shape.dim[0].dim_param for v in model.graph.input} == {"batch"}
 
 
+class Named(nn.Module):
+    """Inputs, outputs and a parameter under the names that calls of the graph have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, add: Tensor) -> dict[str, Tensor]:
+        first = self.fc(add + self.relu)
+        return {"mul": torch.relu(first), "linear": first * 2, "relu": first.sigmoid()}
+
+
+def test_outputs_may_have_names_of_calls_and_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = tmp_path / "out.onnx"
+    result = gs.optimize(Named().eval(), torch.randn(2, 3), passes=[]).export_onnx(file)
+    assert result.verdict is not None
+    assert result.verdict.ok
+    model = load_model(file)
+    assert [value.name for value in model.graph.input] == ["add"]
+    assert [value.name for value in model.graph.output] == ["mul", "linear", "relu"]
+
+
+def test_outputs_with_the_name_of_an_input_have_one_of_their_own(tmp_path: Path) -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"x": x.relu(), "x_out": x + y, "y": x * 2}
+
+    file = tmp_path / "out.onnx"
+    result = gs.optimize(Same(), (torch.randn(2, 3), torch.randn(2, 3))).export_onnx(file)
+    assert result.verdict is not None
+    assert result.verdict.ok
+    model = load_model(file)
+    assert [value.name for value in model.graph.input] == ["x", "y"]
+    assert [value.name for value in model.graph.output] == ["x_out_out", "x_out", "y_out"]
+
+
 def test_what_cannot_be_translated_is_one_sentence_and_no_file(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

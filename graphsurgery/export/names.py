@@ -1,0 +1,57 @@
+"""The names in an ONNX file: of its outputs, and of the sizes that are free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import onnx_ir
+
+__all__ = ["file_outputs", "name_sizes"]
+
+_SYMBOL = re.compile(r"^[A-Za-z_]\w*$")
+
+
+def file_outputs(inputs: Sequence[str], outputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the outputs in the file: the model's, with `_out` behind that of an input.
+
+    `{"x": f(x)}` is a usual module, but a name stands for one value in an ONNX graph.
+    """
+    taken, names = {*inputs, *outputs}, []
+    for name in outputs:
+        fresh = name
+        while name in inputs and fresh in taken:
+            fresh += "_out"
+        taken.add(fresh)
+        names.append(fresh)
+    return tuple(names)
+
+
+def name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
+    """Name the free sizes, everywhere: `batch` if `batched`, others by their input and axis (`image_dim2`).
+
+    Returns:
+        Whether there is a batch: a free leading dimension.
+    """
+    names: dict[str, str] = {}
+    symbols = [
+        (value.name, axis, dim.value)
+        for value in model.graph.inputs
+        for axis, dim in enumerate(value.shape or ())
+        if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and _SYMBOL.match(dim.value)
+    ]
+    batch = next((symbol for _, axis, symbol in symbols if axis == 0), None) if batched else None
+    if batch is not None:
+        names[batch] = "batch"
+    for name, axis, symbol in symbols:
+        names.setdefault(symbol, f"{name}_dim{axis}")
+    if names:
+        pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+        values = [*model.graph.inputs, *model.graph.outputs]
+        values += [out for node in model.graph.all_nodes() for out in node.outputs]
+        for value in {id(value): value for value in values}.values():
+            for axis, dim in enumerate(value.shape or ()):
+                if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
+                    text = pattern.sub(lambda found: names[found[0]], dim.value)
+                    value.shape[axis] = text  # type: ignore[index]
+    return batch is not None
