@@ -67,7 +67,8 @@ def _read(item: Pass, key: str, value: str, text: str) -> Any:
 
 def _readings(wanted: Any, value: str) -> Iterable[Any]:
     """What a text may mean as a value of a type, the likeliest first; nothing where it is none."""
-    origin, inner = get_origin(wanted), get_args(wanted)
+    origin: Any = get_origin(wanted)
+    inner = get_args(wanted)
     if origin is Literal:
         yield from (choice for choice in inner if str(choice) == value)
     elif origin in (Union, types.UnionType):
@@ -95,7 +96,8 @@ def _readings(wanted: Any, value: str) -> Iterable[Any]:
 
 def _describe(wanted: Any) -> str:
     """A type in the words of a reader."""
-    origin, inner = get_origin(wanted), get_args(wanted)
+    origin: Any = get_origin(wanted)
+    inner = get_args(wanted)
     if origin is Literal:
         return " or ".join(repr(choice) for choice in inner)
     if origin in (Union, types.UnionType):

@@ -309,7 +309,9 @@ def test_the_way_back_writes_permutes_as_the_model_does() -> None:
 
     gm = capture(seeded(lambda: Call(windows)), (torch.randn(2, 4, 4, 8),))
     back = Conv1x1ToLinear(only="swapped").run(LinearToConv1x1().run(gm).graph_module)
-    assert sorted(ops(back.graph_module)) == sorted(ops(gm))
+    assert ops(back.graph_module).count("permute") == ops(gm).count("permute") == 2
+    assert "transpose" not in ops(back.graph_module)
+    assert len(ops(back.graph_module)) <= len(ops(gm))
 
 
 # -- 2. leaves alone -------------------------------------------------------------------------------------
