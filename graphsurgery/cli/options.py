@@ -73,7 +73,7 @@ def _readings(wanted: Any, value: str) -> Iterable[Any]:
         yield from (choice for choice in inner if str(choice) == value)
     elif origin in (Union, types.UnionType):
         # a choice before what takes any text
-        for part in sorted(inner, key=lambda part: (get_origin(part) is not Literal, part is str)):
+        for part in sorted(inner, key=_takes_any):
             yield from _readings(part, value)
     elif origin is tuple and inner[1:] == (...,):
         items = [list(_readings(inner[0], part.strip())) for part in value.split(",") if part.strip()]
@@ -92,6 +92,12 @@ def _readings(wanted: Any, value: str) -> Iterable[Any]:
             return
     elif wanted is str:
         yield value
+
+
+def _takes_any(wanted: Any) -> int:
+    """How much a type takes: a choice the least, text the most."""
+    origin: Any = get_origin(wanted)
+    return 0 if origin is Literal else 2 if wanted is str else 1
 
 
 def _describe(wanted: Any) -> str:
