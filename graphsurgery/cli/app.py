@@ -119,6 +119,14 @@ def optimize(
         list[str] | None,
         typer.Option("--passes", metavar="NAME[,NAME...]", help="Run these passes only, in this order."),
     ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="PASS.KEY=VALUE",
+            help="An option of a pass that runs, as linear-to-conv1x1.layout=channels-last; repeat for more.",
+        ),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option("--save", metavar="OUT.pt2", help="Write the result as an exported program."),
@@ -133,7 +141,17 @@ def optimize(
 ) -> int:
     """Fold MODEL, verify the result, and write it as ONNX."""
     outcome = run.optimize(
-        run.Request(model, tuple(inputs or ()), _split(passes), verify.value, output, save, report), ERR
+        run.Request(
+            model,
+            tuple(inputs or ()),
+            _split(passes),
+            verify.value,
+            output,
+            save,
+            report,
+            tuple(options or ()),
+        ),
+        ERR,
     )
     if as_json:
         typer.echo(outcome.report.to_json())

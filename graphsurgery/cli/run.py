@@ -16,6 +16,7 @@ import graphsurgery as gs
 from graphsurgery.cli.errors import UsageError
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
+from graphsurgery.cli.options import with_options
 from graphsurgery.cli.outputs import check_writable, staged_model
 from graphsurgery.cli.progress import progress
 from graphsurgery.export.files import staged
@@ -45,6 +46,7 @@ class Request:
         output: Where the ONNX file goes.
         save: Where the exported program goes.
         report: Where the JSON report goes.
+        options: The `--option` options.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Request:
     output: Path | None
     save: Path | None
     report: Path | None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,13 @@ def optimize(request: Request, console: Console) -> Outcome:
         UsageError: The request cannot be carried out as given.
         GraphSurgeryError: As raised by the pipeline.
     """
-    gs.passes.select(request.passes)  # an unknown name is said before any work is done
+    # an unknown name or option is said before any work is done
+    passes = with_options(gs.passes.select(request.passes), request.options)
     outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
     check_writable(outputs)
     loaded, inputs = _load(request.model, list(request.inputs))
     with progress(console) as on_event:
-        result = gs.optimize(
-            loaded.model, inputs, passes=request.passes, verify=request.verify, on_event=on_event
-        )
+        result = gs.optimize(loaded.model, inputs, passes=passes, verify=request.verify, on_event=on_event)
         ok = _verified(result.report)
         if not ok:
             return Outcome(result.report, False, ())

@@ -59,6 +59,14 @@ def certificate(writer: Writer, old: fx.Node, makes: Order) -> float:
         The largest deviation, in the unit of `graphsurgery.affine.certify.deviation`; infinite where shapes
         differ.
     """
+    wanted, got = _both(writer, old, within=False)
+    if not all(bool(torch.isfinite(piece).all()) for piece in wanted):
+        wanted, got = _both(writer, old, within=True)  # a root or logarithm of what is negative
+    return max(apart(x.permute(makes), y) for x, y in zip(wanted, got, strict=True))
+
+
+def _both(writer: Writer, old: fx.Node, *, within: bool) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """The pieces of a call's value as it was and as it is now, on operands anywhere or within 0 and 1."""
     before: dict[fx.Node, Any] = {}
     after: dict[fx.Node, Any] = {}
     for seed, operand in enumerate(old.all_input_nodes):
@@ -67,13 +75,13 @@ def certificate(writer: Writer, old: fx.Node, makes: Order) -> float:
         value, alias = writer.aliases.get(operand) or (operand, natural(tensor_meta(operand).dim()))
         node, have = writer.made[value]
         if node not in after:
-            after[node] = drawn(value, writer.sizes, seed).permute(have)
+            x = drawn(value, writer.sizes, seed)
+            after[node] = (x.sigmoid() if within and x.is_floating_point() else x).permute(have)
         before[operand] = after[node].permute(inverse(have)).permute(alias)
     with torch.no_grad():
         wanted = evaluator(writer.gm, writer.sizes, before)(old)
         got = evaluator(writer.gm, writer.sizes, after)(writer.made[old][0])
-    pairs = zip(_pieces(wanted), _pieces(got), strict=True)
-    return max(apart(x.permute(makes), y) for x, y in pairs)
+    return _pieces(wanted), _pieces(got)
 
 
 def _pieces(value: Any) -> tuple[torch.Tensor, ...]:
@@ -81,10 +89,20 @@ def _pieces(value: Any) -> tuple[torch.Tensor, ...]:
 
 
 def apart(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Largest deviation of two values, in units of how far the wanted one varies."""
+    """Largest deviation of two values, in units of how far the wanted one varies.
+
+    Infinity and NaN (a mask of -inf) have to stand in the same places; the others are compared.
+    """
     if wanted.shape != got.shape:
         return float("inf")
-    return deviation(wanted.double().reshape(1, -1), got.double().reshape(1, -1), [0, 1])
+    wanted, got = wanted.double().reshape(1, -1), got.double().reshape(1, -1)
+    finite = torch.isfinite(wanted)
+    if not bool(finite.all()) and bool(finite.any()):
+        odd = wanted[~finite], got[~finite]
+        if not torch.allclose(*odd, rtol=0, atol=0, equal_nan=True):
+            return float("inf")
+        wanted, got = wanted[finite].reshape(1, -1), got[finite].reshape(1, -1)
+    return deviation(wanted, got, [0, 1])
 
 
 def _has_tensors(node: fx.Node) -> bool:

@@ -26,20 +26,29 @@ from graphsurgery.graph import (
 from graphsurgery.layout.certify import apart, drawn, evaluator
 from graphsurgery.layout.orders import Order
 from graphsurgery.layout.settle import PREFERRED, permutes, settle
-from graphsurgery.layout.write import permute, sized_as
+from graphsurgery.layout.write import Spelling, permute, sized_as
 from graphsurgery.rewrite.aliases import newly_shared, reads_memory, same_layout
 from graphsurgery.rewrite.contracts import Change, NodeRef, PassResult, Refusal
 from graphsurgery.rewrite.moves import is_reshape
 from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 
-__all__ = ["Exchange", "Layout", "Refused", "check_options"]
+__all__ = ["SWAPPED", "UNBATCHED", "Exchange", "Layout", "Only", "Refused", "check_options", "priced"]
 
 Layout = Literal["channels-first", "channels-last"]
+Only = tuple[str, ...] | Literal["swapped"]
 
 aten = torch.ops.aten
 
+SWAPPED = "graphsurgery_swapped"
+"""Key in the `meta` of layers that a swap wrote: the name of the pass."""
+
+UNBATCHED = "graphsurgery_unbatched"
+"""Key in the `meta` of a Linear: it was a convolution of a value without batch axis."""
+
 _STORED = "graphsurgery_stored"  # in the meta of the reshapes of weights that were written here
+_COPIED = "graphsurgery_copied"  # in the meta of copies that keep the layout of an output
+_AT_HOME = 2.5  # what writing a norm for another layout costs where it should stay, in permutes
 
 
 class Refused(Exception):
@@ -55,12 +64,28 @@ def check_options(layout: str, only: Any) -> None:
     """Check the options of a swap.
 
     Raises:
-        PassError: `layout` is neither of the two, or `only` is no tuple of patterns.
+        PassError: `layout` is neither of the two, or `only` is neither a tuple of patterns nor `"swapped"`.
     """
+    if only == "swapped":
+        only = ()
     if layout not in ("channels-first", "channels-last"):
         raise PassError(f"layout must be 'channels-first' or 'channels-last', got {layout!r}")
     if not isinstance(only, tuple) or not all(isinstance(pattern, str) for pattern in only):
-        raise PassError(f"only must be a tuple of patterns of module paths, got {only!r}")
+        raise PassError(f"only must be a tuple of patterns of module paths, or 'swapped'; got {only!r}")
+
+
+def priced(only: Only, prices: Mapping[str, float], at_home: Sequence[str]) -> dict[str, float]:
+    """What writing norms for another layout costs, in permutes.
+
+    Args:
+        only: Which layers are exchanged. On the way back all norms are at home: those that the first network
+            had between permutes of its own stay so.
+        prices: Of the norms that may be written at all.
+        at_home: The norms that are at home where the layers go. They leave it to save more than two permutes.
+    """
+    return dict.fromkeys((*prices, *at_home) if only == "swapped" else at_home, _AT_HOME) | {
+        name: price for name, price in prices.items() if only != "swapped" and name not in at_home
+    }
 
 
 @dataclass
@@ -70,13 +95,14 @@ class Exchange:
     Attributes:
         gm: The graph as it was given.
         name: Name of the pass.
-        only: Patterns of the module paths of the layers to exchange; none for all.
+        only: Patterns of the module paths of the layers to exchange; none for all. `"swapped"` for those that
+            another swap wrote.
         norm_prices: See `graphsurgery.layout.settle`.
     """
 
     gm: fx.GraphModule
     name: str
-    only: tuple[str, ...]
+    only: Only
     norm_prices: Mapping[str, float]
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -84,6 +110,7 @@ class Exchange:
     def __post_init__(self) -> None:
         """Copy the graph."""
         self.work = copy_graph_module(self.gm)
+        Spelling.of(self.work)  # of the model as it is before the first swap
         self.sizes = Sizes(self.work.graph)
         self.constant = constant_nodes(self.work.graph)
         self.new: list[fx.Node] = []
@@ -94,11 +121,17 @@ class Exchange:
         """Live calls of these ops that `only` asks for, in graph order."""
         found = []
         for node in self.work.graph.nodes:
-            if node.op == "call_function" and op_name(node) in names and node not in self.constant:
-                path = self.path(node)
-                if not self.only or any(fnmatchcase(path, pattern) for pattern in self.only):
-                    found.append(node)
+            layer = node.op == "call_function" and op_name(node) in names and node not in self.constant
+            if layer and self.asked(node):
+                found.append(node)
         return found
+
+    def asked(self, node: fx.Node) -> bool:
+        """Whether `only` asks for a layer, by the path of its weight or that of the module that calls it."""
+        if self.only == "swapped":
+            return bool(node.meta.get(SWAPPED, self.name) != self.name)
+        paths = {self.path(node), module_path(node)}
+        return not self.only or any(fnmatchcase(path, pattern) for path in paths for pattern in self.only)
 
     def path(self, node: fx.Node) -> str:
         """The path of a layer: that of its weight, or of the module that calls it."""
@@ -112,6 +145,9 @@ class Exchange:
         if any(reads_memory(n) for n in self.work.graph.nodes):
             self.refuse(node, "reads-memory", "a call of the graph reads strides or raw memory")
             return
+        if 0 in tensor_meta(node).shape:
+            self.refuse(node, "empty", f"its value is empty, of shape {tuple(tensor_meta(node).shape)}")
+            return
         start = list(self.new)
         cost = node_cost(node, self.sizes)
         try:
@@ -123,6 +159,8 @@ class Exchange:
             self.refuse(node, refused.code, refused.reason)
             return
         layer = next(n for n in self.new[len(start) :] if op_name(n) == kind)
+        layer.meta[SWAPPED] = self.name
+        layer.meta[UNBATCHED] = op_name(node).startswith("conv") and _unbatched(node)
         after = node_cost(layer, self.sizes)
         refs, made = (NodeRef.of(node),), (NodeRef.of(layer),)
         written = tuple(str(o.target) for o in _leaves(layer))
@@ -147,17 +185,20 @@ class Exchange:
         self.refusals.append(Refusal(self.name, code, (NodeRef.of(node),), reason))
 
     def certify(self, old: fx.Node, new: fx.Node, calls: Sequence[fx.Node]) -> float:
-        """Deviation of the new calls from the layer, in float64 on one random value of what they read.
+        """Deviation of the new calls from the layer, in float64 on random values of what they read.
 
         Raises:
             Refused: It is too large, or a weight is not finite.
         """
         read = (o for n in calls for o in n.all_input_nodes if is_tensor(o))
         entry = next(o for o in read if o not in calls and o not in self.constant)
-        x = drawn(entry, self.sizes, 0)
+        known: dict[fx.Node, Any] = {entry: drawn(entry, self.sizes, 0)}
+        for seed, live in enumerate(old.all_input_nodes[1:], 1):
+            if live not in self.constant:  # a bias that is computed
+                known[live] = drawn(live, self.sizes, seed)
         with torch.no_grad():
-            wanted = evaluator(self.work, self.sizes, {entry: x})(old)
-            got = evaluator(self.work, self.sizes, {entry: x})(new)
+            wanted = evaluator(self.work, self.sizes, dict(known))(old)
+            got = evaluator(self.work, self.sizes, dict(known))(new)
             weights = [o for o in old.all_input_nodes if o in self.constant]
             values = [evaluator(self.work, self.sizes, {})(weight) for weight in weights]
         if not all(bool(torch.isfinite(value).all()) for value in values):
@@ -267,6 +308,11 @@ class Exchange:
                     self.work.graph.erase_node(user)
 
 
+def _unbatched(conv: fx.Node) -> bool:
+    x, weight = conv.all_input_nodes[:2]
+    return tensor_meta(x).dim() == tensor_meta(weight).dim() - 1
+
+
 def _leaves(layer: fx.Node) -> list[fx.Node]:
     """The attributes that a layer reads as its weight and bias."""
     found = []
@@ -294,8 +340,15 @@ def _cancel_views(gm: fx.GraphModule) -> None:
             erase_unread([node])
 
 
+def _in_order(value: torch.Tensor) -> bool:
+    """Whether a value lies in memory as its axes come, be it with gaps, as a slice does."""
+    steps = [step for step, size in zip(value.stride(), value.shape, strict=True) if str(size) != "1"]
+    hints = [step if isinstance(step, int) else int(step.node.hint or 2) for step in steps]
+    return hints == sorted(hints, reverse=True)
+
+
 def _keep_layout(before: fx.GraphModule, after: fx.GraphModule) -> None:
-    """Give outputs that were contiguous back so, and no copy that is not needed for it."""
+    """Give outputs whose axes were in order back contiguous, and no copy that is not needed for it."""
     for node in after.graph.nodes:  # strides have changed on the way
         if node.op == "call_function" and is_tensor(node):
             sizes = list(tensor_meta(node).shape)
@@ -307,19 +360,22 @@ def _keep_layout(before: fx.GraphModule, after: fx.GraphModule) -> None:
             continue
         source: Any = node.args[0] if node.args else None
         if op_name(node) == "clone" and isinstance(source, fx.Node) and len(node.users) == 1:
-            if same_layout(tensor_meta(source), tensor_meta(was)) and newly_shared(node, source) is None:
+            ours = _COPIED in node.meta and _in_order(tensor_meta(source))
+            same = same_layout(tensor_meta(source), tensor_meta(was))
+            if ours or (same and newly_shared(node, source) is None):
                 node.replace_all_uses_with(source)
                 after.graph.erase_node(node)
             continue
         # whether a reshape copies is not known for certain before it runs
         doubt = is_reshape(node) and not tensor_meta(source).is_contiguous()
         kept = same_layout(tensor_meta(was), tensor_meta(node)) and not doubt
-        if not kept and tensor_meta(was).is_contiguous():
+        if not kept and _in_order(tensor_meta(was)):
             output = after.graph.output_node()
             with after.graph.inserting_before(output):
                 copy = after.graph.call_function(
                     aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
                 )
             copy.meta.update(origin(node))
+            copy.meta[_COPIED] = True
             annotate(after, copy)
             output.replace_input_with(node, copy)

@@ -199,6 +199,8 @@ def _lift_layer_norm(gm: fx.GraphModule, node: fx.Node, names: Collection[str]) 
     name = "layer_norm" if centred else "rms_norm"
     if name not in names or not isinstance(features, int) or (bias is not None and not centred):
         return False
+    if any(vector is not None and tensor_meta(vector).numel() != features for vector in (weight, bias)):
+        return False  # one number for all features
     tail = (weight, bias, eps, False) if centred else (weight, eps)
     last = tensor_meta(x).dim() - 1
     return _between(gm, node, x, axis, last, lambda v: gm.graph.call_function(target, (v, [features], *tail)))

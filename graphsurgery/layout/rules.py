@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphsurgery.calls import arguments
+from graphsurgery.calls import arguments, is_random
 from graphsurgery.cost import SPLITS, op_name
 from graphsurgery.layout import norms
 from graphsurgery.layout.orders import Order, regrouped
@@ -78,6 +78,8 @@ def rule_of(node: fx.Node, constant: frozenset[fx.Node], sizes: Sizes) -> Rule |
     name = op_name(node)
     live = [o for o in node.all_input_nodes if o not in constant and is_tensor(o)]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if is_random(node):  # its numbers would fall on other elements
         return None
     if name == "expand":
         return _expand(node, live)

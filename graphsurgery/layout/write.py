@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphsurgery.cost import op_name
 from graphsurgery.graph import annotate, fake_mode, origin
 from graphsurgery.layout.orders import Order, moves, natural, relative, through
 from graphsurgery.rewrite.moves import axis_order, is_reshape
 from graphsurgery.values import Sizes, is_tensor, tensor_meta
 
-__all__ = ["Writer", "as_arguments", "permute", "sized_as"]
+__all__ = ["Spelling", "Writer", "as_arguments", "permute", "sized_as"]
 
 aten = torch.ops.aten
 
+_SPELLING = "graphsurgery_spelling"
 
-def permute(graph: fx.Graph, value: fx.Node, order: Order) -> fx.Node:
+
+@dataclass(frozen=True)
+class Spelling:
+    """How the model writes its permutes, so that a graph that is turned and turned back has the same calls.
+
+    Attributes:
+        permutes: Orders that the model writes as a permute although just two axes change places.
+        ones: Orders and shapes of operands that the model permutes although only axes of size 1 move.
+    """
+
+    permutes: frozenset[Order] = frozenset()
+    ones: frozenset[tuple[Order, str]] = frozenset()
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Spelling:
+        """What was kept for a graph, or what is read off it, which is then kept."""
+        known = gm.meta.get(_SPELLING)
+        if not isinstance(known, cls):
+            known = gm.meta[_SPELLING] = cls._read(gm)
+        return known
+
+    @classmethod
+    def _read(cls, gm: fx.GraphModule) -> Spelling:
+        sizes = Sizes(gm.graph)
+        written: dict[Order, list[bool]] = {}
+        ones = set()
+        for node in gm.graph.nodes:
+            order = axis_order(node) if node.op == "call_function" else None
+            if order is None or not is_tensor(node.args[0]):
+                continue
+            shape = list(tensor_meta(node.args[0]).shape)
+            written.setdefault(tuple(order), []).append(op_name(node) == "permute")
+            if not moves([sizes.prime(size) for size in shape], natural(len(shape)), tuple(order)):
+                ones.add((tuple(order), str(shape)))
+        most = (order for order, found in written.items() if 2 * sum(found) > len(found))
+        return cls(frozenset(most), frozenset(ones))
+
+
+def permute(graph: fx.Graph, value: fx.Node, order: Order, spelling: Spelling | None = None) -> fx.Node:
     """A call that puts the axes of a value in another order: a transpose where just two change places."""
     odd = [axis for axis, source in enumerate(order) if axis != source]
-    if len(odd) == 2:
+    if len(odd) == 2 and not (spelling is not None and order in spelling.permutes):
         return graph.call_function(aten.transpose.int, (value, *odd))
     return graph.call_function(aten.permute.default, (value, list(order)))
 
@@ -42,6 +83,7 @@ class Writer:
         self.graph._codegen = gm.graph._codegen
         self.made: dict[fx.Node, tuple[fx.Node, Order]] = {}
         self.aliases: dict[fx.Node, tuple[fx.Node, Order]] = {}
+        self.spelling = Spelling.of(gm)
         self._copies: dict[tuple[fx.Node, Order], fx.Node] = {}
         self._now: fx.Node | None = None
 
@@ -81,10 +123,12 @@ class Writer:
         if (value, want) not in self._copies:
             shape = [self.sizes.prime(size) for size in tensor_meta(value).shape]
             step = relative(have, want)
-            if moves(shape, have, want):
-                new = self.note(permute(self.graph, node, step))
+            sizes = [tensor_meta(node).shape[axis] for axis in step]
+            several = sum(not isinstance(size, int) for size in sizes) > 1  # a reshape names one free size
+            spelled = (step, str(list(tensor_meta(node).shape))) in self.spelling.ones
+            if moves(shape, have, want) or several or spelled:
+                new = self.note(permute(self.graph, node, step, self.spelling))
             else:
-                sizes = [tensor_meta(node).shape[axis] for axis in step]
                 new = self.call(aten.reshape.default, node, as_arguments(sizes))
             self._copies[value, want] = new
         return self._copies[value, want]

@@ -5,6 +5,7 @@ Requires:  a convolution whose kernel is 1 and whose weight is constant (else no
            whose kernel is its stride; refused with:
            `groups` it has more than one group;  `dtype` it works on complex numbers;
            `free-sizes` sizes of the picture that patches are cut from are free;
+           `empty` its value has no elements;
            `reads-memory` a call of the graph depends on strides;
            `not-finite` weights hold NaN or infinity;  `certificate` both layers differ in float64
 Preserves: signature, shapes, dtypes; values up to rounding; weights and their names, but for their shape
@@ -21,17 +22,21 @@ import torch
 from torch import fx
 
 from graphsurgery.calls import arguments
-from graphsurgery.layout.exchange import Exchange, Layout, Refused, check_options
+from graphsurgery.cost import op_name
+from graphsurgery.layout.exchange import SWAPPED, Exchange, Layout, Only, Refused, check_options, priced
 from graphsurgery.layout.settle import NORM_PRICES
+from graphsurgery.layout.write import sized_as
 from graphsurgery.rewrite.contracts import Pass, PassResult
+from graphsurgery.rewrite.moves import is_reshape
+from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import tensor_meta
 
 __all__ = ["Conv1x1ToLinear"]
 
 aten = torch.ops.aten
 
-# In permutes: layer norms are at home where the layers go, and leave it to save more than two only.
-_LAYER_NORM = {"layer_norm": 2.5, "rms_norm": 2.5}
+# The norms that are at home where the layers go.
+_AT_HOME = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,13 @@ class Conv1x1ToLinear(Pass):
             work on `(N, C)` where that saves permutes; `"channels-first"` leaves batch norms as they are, so
             that only what lies between two of them is channels last.
         only: Patterns (as for file names) of the module paths of the layers to exchange; none for all.
+            `"swapped"` exchanges the layers that the other swap wrote in this graph, and leaves norms where
+            they are at home, so that the network comes back that there was.
         patches: Whether convolutions whose kernel is their stride are exchanged too.
     """
 
     layout: Layout = "channels-last"
-    only: tuple[str, ...] = ()
+    only: Only = ()
     patches: bool = False
 
     name: ClassVar[str] = "conv1x1-to-linear"
@@ -69,7 +76,7 @@ class Conv1x1ToLinear(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
-        prices = (NORM_PRICES if self.layout == "channels-last" else {}) | _LAYER_NORM
+        prices = priced(self.only, NORM_PRICES if self.layout == "channels-last" else {}, _AT_HOME)
         exchange = Exchange(gm, self.name, self.only, prices)
         for node in exchange.layers(("conv1d", "conv2d", "conv3d")):
             geometry = _Geometry.of(node)
@@ -77,7 +84,7 @@ class Conv1x1ToLinear(Pass):
                 continue
             if geometry.pointwise or (self.patches and geometry.patches):
                 exchange.swap(node, lambda n, g=geometry: _linear(exchange, n, g), "linear")  # type: ignore[misc]
-        return exchange.result()
+        return exchange.result(_absorb_views)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,11 @@ def _sampled(exchange: Exchange, node: fx.Node, x: fx.Node, geometry: _Geometry,
     """The positions that a 1x1 convolution reads."""
     if any(geometry.padding):
         widths = [width for width in reversed(geometry.padding) for _ in range(2)]
+        sizes = list(tensor_meta(x).shape)
+        for axis, width in enumerate(geometry.padding, lead):
+            sizes[axis] = sizes[axis] + 2 * width
         x = exchange.call(node, aten.constant_pad_nd.default, x, widths, 0.0)
+        sized_as(exchange.work, x, sizes)  # the fake kernel loses symbols
     for axis, step in enumerate(geometry.stride):
         if step != 1:
             x = exchange.call(node, aten.slice.Tensor, x, lead + axis, 0, sys.maxsize, step)
@@ -180,3 +191,31 @@ def _on_patches(
     x = exchange.call(node, aten.reshape.default, x, [-1, *counts, channels * prod(geometry.kernel)])
     y = exchange.call(node, aten.linear.default, x, weight, *bias)
     return exchange.permute(node, y, (0, spatial + 1, *range(1, spatial + 1)))
+
+
+def _absorb_views(gm: fx.GraphModule) -> None:
+    """Let a swapped Linear read more axes than two, or one, where views around it only merge or add these."""
+    for node in list(gm.graph.nodes):
+        if SWAPPED not in node.meta or op_name(node) != "linear":
+            continue
+        inward, outward = [node.args[0]], [node]
+        while is_reshape(inward[-1]) and len(inward[-1].users) == 1:
+            inward.append(inward[-1].args[0])
+        while len(outward[-1].users) == 1 and is_reshape(after := next(iter(outward[-1].users))):
+            outward.append(after)
+        pairs = ((source, made) for made in outward[:0:-1] for source in inward[:0:-1])
+        source, made = next((pair for pair in pairs if _around(node, *pair)), (None, node))
+        if source is None:
+            continue
+        node.replace_input_with(inward[0], source)
+        made.replace_all_uses_with(node)
+        node.meta["val"] = made.meta["val"]
+        erase_unread([made, inward[0]])
+
+
+def _around(linear: fx.Node, source: fx.Node, made: fx.Node) -> bool:
+    """Whether a Linear can read one value and make the other, with nothing but its features in other axes."""
+    *lead, features = tensor_meta(source).shape
+    *kept, out = tensor_meta(made).shape
+    read, written = (tensor_meta(n).shape[-1] for n in (linear.args[0], linear))  # type: ignore[arg-type]
+    return str(lead) == str(kept) and (features, out) == (read, written)

@@ -3,7 +3,8 @@
 Rule:      W x + b over the last axis  ->  the 1x1 convolution of the same numbers over axis 1
 Requires:  a Linear with a constant weight (else no match); refused with:
            `dtype` it works on integers or complex numbers;  `free-sizes` more than three axes of positions of
-           which several are free;  `reads-memory` a call of the graph depends on strides;
+           which several are free;  `empty` its value has no elements;
+           `reads-memory` a call of the graph depends on strides;
            `not-finite` weights hold NaN or infinity;  `certificate` both layers differ in float64
 Preserves: signature, shapes, dtypes; values up to rounding; weights and their names, but for their shape
 """
@@ -18,7 +19,16 @@ from torch import fx
 
 from graphsurgery.calls import arguments
 from graphsurgery.cost import op_name
-from graphsurgery.layout.exchange import Exchange, Layout, Refused, check_options
+from graphsurgery.layout.exchange import (
+    SWAPPED,
+    UNBATCHED,
+    Exchange,
+    Layout,
+    Only,
+    Refused,
+    check_options,
+    priced,
+)
 from graphsurgery.layout.settle import NORM_PRICES
 from graphsurgery.rewrite.contracts import Pass, PassResult
 from graphsurgery.rewrite.moves import is_reshape
@@ -30,8 +40,8 @@ aten = torch.ops.aten
 
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TO_THE_END = 2**62
-# In permutes: batch norms are at home where the layers go, and leave it to save more than two only.
-_BATCH_NORM = {"batch_norm": 2.5}
+# The norms that are at home where the layers go.
+_AT_HOME = ("batch_norm",)
 
 
 @dataclass(frozen=True)
@@ -41,17 +51,19 @@ class LinearToConv1x1(Pass):
     1. `(B, T, C)` becomes a conv1d, `(B, H, W, C)` a conv2d, `(B, D, H, W, C)` a conv3d, with the channels on
        axis 1; more axes are merged into one.
     2. `(B, C)` and `(C,)` become a conv1d on one position; a flattened `(B, C, 1, 1)` a conv2d.
-    3. Slices by a stride before it become the stride of the convolution.
+    3. Slices by a stride before it become the stride of the convolution, a pad with zeros its padding.
 
     Attributes:
         layout: `"channels-first"` lets everything between the layers be channels first, and writes layer
             norms by hand where that saves permutes; `"channels-last"` leaves layer norms as they are, where
             the channels are last, so that only what lies between two of them is channels first.
         only: Patterns (as for file names) of the module paths of the layers to exchange; none for all.
+            `"swapped"` exchanges the layers that the other swap wrote in this graph, and leaves norms where
+            they are at home, so that the network comes back that there was.
     """
 
     layout: Layout = "channels-first"
-    only: tuple[str, ...] = ()
+    only: Only = ()
 
     name: ClassVar[str] = "linear-to-conv1x1"
     summary: ClassVar[str] = "Linear layers as 1x1 convolutions, with one layout per stretch"
@@ -67,20 +79,22 @@ class LinearToConv1x1(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
-        prices = (NORM_PRICES if self.layout == "channels-first" else {}) | _BATCH_NORM
+        prices = priced(self.only, NORM_PRICES if self.layout == "channels-first" else {}, _AT_HOME)
         exchange = Exchange(gm, self.name, self.only, prices)
         for node in exchange.layers(("linear",)):
             weight: Any = node.args[1]
             if weight in exchange.constant and tensor_meta(weight).dim() == 2:
                 spatial = _positions(node)
                 exchange.swap(node, lambda n, s=spatial: _conv(exchange, n, s), f"conv{spatial}d")  # type: ignore[misc]
-        return exchange.result(_absorb_strides)
+        return exchange.result(_absorb_slices)
 
 
 def _positions(node: fx.Node) -> int:
     """Number of axes of positions of the convolution."""
     source: Any = node.args[0]
     rank = tensor_meta(source).dim()
+    if node.meta.get(UNBATCHED):
+        return rank - 1
     if rank == 2 and (flat := _flattened(source)) is not None:
         return tensor_meta(flat).dim() - 2
     return rank - 2 if 3 <= rank <= 5 else 1
@@ -109,6 +123,9 @@ def _conv(exchange: Exchange, node: fx.Node, spatial: int) -> fx.Node:
         options = (weight, given["bias"]) if given["bias"] is not None else (weight,)
         return exchange.call(node, _CONVS[spatial - 1], x, *options)
 
+    if rank == spatial + 1 and rank > 2:
+        x = exchange.permute(node, source, (rank - 1, *range(rank - 1)))
+        return exchange.permute(node, conv(x), (*range(1, rank), 0))
     if rank == 1:
         x = exchange.call(node, aten.reshape.default, source, [1, features, 1])
         return exchange.call(node, aten.reshape.default, conv(x), [out])
@@ -136,29 +153,47 @@ def _conv(exchange: Exchange, node: fx.Node, spatial: int) -> fx.Node:
     return exchange.permute(node, y, last)
 
 
-def _absorb_strides(gm: fx.GraphModule) -> None:
-    """Write slices by a stride of all positions as the stride of the 1x1 convolution behind them."""
+def _absorb_slices(gm: fx.GraphModule) -> None:
+    """Write slices by a stride of all positions and a pad before them as options of the convolution."""
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target not in _CONVS or len(node.args) > 3:
+        if SWAPPED not in node.meta or node.target not in _CONVS or len(node.args) > 3:
             continue
         weight: Any = node.args[1]
         spatial = tensor_meta(weight).dim() - 2
-        if any(size != 1 for size in tensor_meta(weight).shape[2:]):
-            continue
+        lead = tensor_meta(node).dim() - spatial
         stride, source = [1] * spatial, node.args[0]
         while isinstance(source, fx.Node) and len(source.users) == 1 and (found := _step(source)):
             axis, step = found
-            if axis < 2 or stride[axis - 2] != 1:
+            if axis < lead or stride[axis - lead] != 1:
                 break
-            stride[axis - 2] = step
+            stride[axis - lead] = step
             source = source.args[0]
-        if stride == [1] * spatial:
+        padding = [0] * spatial
+        if isinstance(source, fx.Node) and len(source.users) == 1 and (widths := _widths(source, spatial)):
+            padding, source = widths, source.args[0]
+        if source is node.args[0]:
             continue
         old: Any = node.args[0]
         node.args = (source, weight, node.args[2] if len(node.args) > 2 else None, stride)
+        if any(padding):
+            node.args += (padding,)
         while old is not source:
             old, gone = old.args[0], old
             gm.graph.erase_node(gone)
+
+
+def _widths(node: fx.Node, spatial: int) -> list[int] | None:
+    """How far a call pads each axis of positions with zeros, if alike at both ends and nothing else."""
+    if op_name(node) != "constant_pad_nd":
+        return None
+    given = arguments(node)
+    flat = list(given["pad"])
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
+    if given["value"] != 0 or len(pairs) > spatial:
+        return None
+    if any(not isinstance(a, int) or a < 0 or a != b for a, b in pairs):
+        return None
+    return [0] * (spatial - len(pairs)) + [a for a, _ in pairs]
 
 
 def _step(node: fx.Node) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from swapping import codes, ops, seeded, swap, swapped, there_and_back
+from swapping import codes, ops, same_weights, seeded, swap, swapped, there_and_back
 from torch import Tensor, nn
 
 import graphsurgery as gs
@@ -171,6 +171,52 @@ def test_one_module_called_as_both() -> None:
     assert ops(result.graph_module).count("linear") == 2
     assert result.report.verification is not None
     assert result.report.verification.ok
+
+
+def padded() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 1, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1, stride=(2, 1), padding=(0, 2))
+    )
+
+
+def test_strides_and_padding_come_back() -> None:
+    gm = capture(seeded(padded), (IMAGE,))
+    there = Conv1x1ToLinear().run(gm)
+    assert ops(there.graph_module).count("constant_pad_nd") == 2
+    back = LinearToConv1x1(only="swapped").run(there.graph_module)
+    assert ops(back.graph_module) == ops(gm)
+    x = torch.randn(3, 4, 7, 6)
+    assert torch.allclose(back.graph_module(x), gm(x), atol=1e-6)
+
+
+def test_an_unbatched_picture_comes_back() -> None:
+    gm = capture(seeded(lambda: pair(2)), (IMAGE[0],), dynamic_shapes=None)
+    there = Conv1x1ToLinear().run(gm)
+    back = LinearToConv1x1(only="swapped").run(there.graph_module)
+    assert ops(back.graph_module) == ops(gm)
+    same_weights(gm.state_dict(), back.graph_module)
+
+
+def test_swaps_a_padded_channel_of_free_sizes() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 1, 1, padding=1), nn.Flatten(2))).double()
+    free = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    gm = capture(model, (torch.randn(2, 1, 5, 6, dtype=torch.float64),), dynamic_shapes=(free,))
+    result = Conv1x1ToLinear().run(gm)
+    assert swapped(result) == ("0",)
+    x = torch.randn(3, 1, 7, 9, dtype=torch.float64)
+    assert (result.graph_module(x) - model(x)).abs().max() < 1e-12
+
+
+def test_norms_between_permutes_of_the_model_come_back() -> None:
+    class Norm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    gm = capture(seeded(lambda: nn.Sequential(nn.Conv2d(4, 8, 1), Norm(8), nn.Conv2d(8, 4, 1))), (IMAGE,))
+    there = Conv1x1ToLinear().run(gm)
+    assert len(permutes(there.graph_module)) == 2
+    back = LinearToConv1x1(only="swapped").run(there.graph_module)
+    assert sorted(ops(back.graph_module)) == sorted(ops(gm))
 
 
 # -- 2. leaves alone -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from swapping import codes, ops, seeded, swap, swapped, there_and_back
+from swapping import codes, ops, same_weights, seeded, swap, swapped, there_and_back, work
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -182,6 +182,64 @@ def test_swaps_what_lies_between_constants() -> None:
     assert ops(back.graph_module) == ["linear", "mul", "add", "prelu", "linear"]
 
 
+@pytest.mark.parametrize("gain", [1, 8], ids=["one-gain", "a-gain-for-each"])
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+def test_swaps_around_norms_that_the_model_writes_by_hand(gain: int, layout: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.gain = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(gain))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.gain)
+
+    result = swap(LinearToConv1x1(layout=layout), seeded(Net), TOKENS)
+    assert not codes(result)
+    assert len(permutes(result.graph_module)) == 2, "roots of random numbers must not refuse the layout"
+
+
+def test_swaps_around_a_mask_of_infinity() -> None:
+    mask = torch.triu(torch.full((5, 5), -torch.inf), 1)
+    function = lambda f, x: (f(x) @ x.mT[:, :6] + mask).softmax(-1) @ f(x).masked_fill(mask[:, :1] < 0, -9)  # noqa: E731
+    result = swap(LinearToConv1x1(), seeded(lambda: Call(function)), TOKENS)
+    assert not codes(result)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 1), (2, 1, 5, 1)], ids=str)
+def test_swaps_one_channel_of_free_positions(shape: tuple[int, ...]) -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(1, 8), nn.GELU(), nn.Linear(8, 1), nn.Tanh(), nn.Linear(1, 1))
+    )
+    free = {axis: torch.export.Dim.AUTO for axis, size in enumerate(shape) if size != 1}
+    gm = capture(model.double(), (torch.randn(shape, dtype=torch.float64),), dynamic_shapes=(free,))
+    result = LinearToConv1x1().run(gm)
+    assert len(swapped(result)) == 3
+    x = torch.randn([3 * size if size != 1 else 1 for size in shape], dtype=torch.float64)
+    assert (result.graph_module(x) - model(x)).abs().max() < 1e-12
+
+
+def test_slices_before_a_convolution_of_the_model_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.layer = nn.Conv2d(4, 4, 1), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x[:, :, ::2]).sum() + self.layer(x)
+
+    model, x = seeded(Net).double(), torch.randn(4, 6, 6, dtype=torch.float64)
+    gm = capture(model, (x,), dynamic_shapes=None)
+    result = LinearToConv1x1().run(gm)
+    assert swapped(result) == ("layer",)
+    assert (result.graph_module(x) - model(x)).abs().max() < 1e-12, "axis 2 of three is the last one"
+
+
+def test_swaps_under_a_bias_that_is_computed() -> None:
+    model = seeded(lambda: Call(lambda f, x: F.linear(x, f.weight, x[0, 0, :6])))
+    assert ops(swap(LinearToConv1x1(), model, TOKENS).graph_module).count("conv1d") == 1
+
+
 def test_tied_weights_stay_tied() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -220,6 +278,42 @@ def test_there_and_back(build: Callable[[], nn.Module], shape: tuple[int, ...]) 
     assert ops(back.graph_module) == ops(capture(model, (x,)))
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 5, 8), (2, 2, 3, 2, 2, 8)], ids=str)
+def test_there_and_back_by_the_marks(shape: tuple[int, ...]) -> None:
+    model, x = seeded(Block), torch.randn(shape)
+    gm = capture(model, (x,), dynamic_shapes=(None,) if len(shape) == 1 else None)
+    there = LinearToConv1x1().run(gm)
+    back = Conv1x1ToLinear(only="swapped").run(there.graph_module)
+    assert ops(back.graph_module) == ops(gm)
+    same_weights(gm.state_dict(), back.graph_module)
+
+
+def test_only_swapped_finds_layers_by_their_marks_not_their_names() -> None:
+    model = seeded(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    gm = capture(model, (TOKENS,))
+    there = LinearToConv1x1().run(gm)
+    assert "linear" not in ops(there.graph_module)
+    back = Conv1x1ToLinear(only="swapped").run(there.graph_module)
+    assert work(back.graph_module) == work(gm)
+    assert len(permutes(back.graph_module)) <= len(permutes(gm))
+    same_weights(gm.state_dict(), back.graph_module)
+    none = Conv1x1ToLinear(only="swapped").run(capture(nn.Sequential(nn.Conv1d(5, 5, 1)), (TOKENS,)))
+    assert not none.changes
+
+
+def test_the_way_back_writes_permutes_as_the_model_does() -> None:
+    def windows(layer: nn.Linear, x: Tensor) -> Tensor:
+        parts = x.reshape(len(x), 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5)
+        parts = layer(parts.reshape(-1, 4, 8)).reshape(len(x), 2, 2, 2, 2, 6)
+        return parts.permute(0, 1, 3, 2, 4, 5).reshape(len(x), 4, 4, 6)
+
+    gm = capture(seeded(lambda: Call(windows)), (torch.randn(2, 4, 4, 8),))
+    back = Conv1x1ToLinear(only="swapped").run(LinearToConv1x1().run(gm).graph_module)
+    assert ops(back.graph_module).count("permute") == ops(gm).count("permute") == 2
+    assert "transpose" not in ops(back.graph_module)
+    assert len(ops(back.graph_module)) <= len(ops(gm))
+
+
 # -- 2. leaves alone -------------------------------------------------------------------------------------
 
 
@@ -251,6 +345,12 @@ def test_refuses_weights_that_are_not_finite() -> None:
     result = LinearToConv1x1().run(capture(model, (TOKENS,)))
     assert codes(result) == ["not-finite"]
     assert swapped(result) == ("3",)
+
+
+def test_refuses_an_empty_value() -> None:
+    result = LinearToConv1x1().run(capture(seeded(Mlp), (torch.randn(2, 0, 8),)))
+    assert codes(result) == ["empty", "empty"]
+    assert not result.changes
 
 
 def test_refuses_where_memory_is_read() -> None:
