@@ -14,7 +14,7 @@ from graphsurgery.affine.pointwise import Layer, read_layer
 from graphsurgery.affine.region import Scope, is_heavy
 from graphsurgery.affine.subspace import Subspace, decompose
 from graphsurgery.cost import op_name
-from graphsurgery.graph import module_path
+from graphsurgery.graph import INFO_KEY, CaptureInfo, module_path
 from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["Head", "NoHead", "find_head"]
@@ -90,12 +90,14 @@ def find_head(scope: Scope, path: str | None) -> Head:
     Args:
         scope: The graph.
         path: Dotted path of the head's module (`"fc"`, `"classifier.4"`), or the name of its bare parameter;
-            None takes the last layer that multiplies before the first output, if all that reaches the output
-            passes through it.
+            None takes the last layer that multiplies before the output of the name `logits` or `out`, else
+            before the first one, if all that reaches the output passes through it.
 
     Raises:
-        NoHead: `no-head`, `not-a-head`, `grouped`, `several-calls` or `bypassed`.
+        NoHead: `no-head`, `not-a-head`, `grouped`, `several-calls`, `several-heads` or `bypassed`.
     """
+    if path is not None and not isinstance(path, str):
+        raise NoHead("no-head", f"expected the path of a module, such as 'fc', or None, got {path!r}")
     heavy = [node for node in scope.gm.graph.nodes if _multiplies(scope, node)]
     return _named(scope, heavy, path) if path is not None else _last(scope, heavy)
 
@@ -114,22 +116,43 @@ def _named(scope: Scope, heavy: Sequence[fx.Node], path: str) -> Head:
     raise NoHead("no-head", f"the network has no layer at {path!r}; {hint}")
 
 
+_MAIN = ("logits", "out")
+"""Names of the output that is meant among several: of transformers, and of torchvision's segmentation."""
+
+
 def _last(scope: Scope, heavy: Sequence[fx.Node]) -> Head:
     leaves = pytree.tree_leaves(scope.gm.graph.output_node().args[0])
-    outputs = [n for n in leaves if isinstance(n, fx.Node) and is_tensor(n)]
-    first = next((n for n in outputs if tensor_meta(n).is_floating_point()), None)
-    if first is None:
-        raise NoHead("no-head", "the network has no output of floating-point numbers to walk back from")
+    info = scope.gm.meta.get(INFO_KEY)
+    names = (
+        info.output_names if isinstance(info, CaptureInfo) and len(info.output_names) == len(leaves) else ()
+    )
+    outputs = [
+        n for n in leaves if isinstance(n, fx.Node) and is_tensor(n) and tensor_meta(n).is_floating_point()
+    ]
+    if not outputs:
+        raise NoHead(
+            "no-head", "the network has no output of floating-point numbers to walk back from; name the head"
+        )
+    named = dict(zip(names, leaves, strict=False))  # no names: of a graph that capture did not make
+    main = next((named[name] for name in _MAIN if named.get(name) in outputs), None)
+    first = main or outputs[0]
     behind = _ancestors(first)
     candidates = [node for node in heavy if node in behind]
     if not candidates:
         raise NoHead("no-head", f"nothing multiplies on the way to the output {first.name!r}", (first,))
+    if main is None:
+        lasts = [[node for node in heavy if node in _ancestors(output)][-1:] for output in outputs]
+        others = [last for found in lasts for last in found if last not in behind]
+        if others:
+            heads = list(dict.fromkeys((candidates[-1], *others)))
+            listed = ", ".join(repr(_path(node)) for node in heads)
+            raise NoHead("several-heads", f"the outputs have heads of their own: {listed}; name one", heads)
     head = _read(scope, candidates[-1])
     around = _ancestors(first, without=head.node)
     ways = [node for node in around if node.op == "placeholder"]
     if ways:
-        others = [_path(node) for node in candidates if node in around][-3:]
-        beside = f", by {', '.join(map(repr, others))}" if others else ""
+        passed = [_path(node) for node in candidates if node in around][-3:]
+        beside = f", by {', '.join(map(repr, passed))}" if passed else ""
         raise NoHead(
             "bypassed",
             f"input {str(ways[0].target)!r} reaches the output around {head.path!r} too{beside}; "
@@ -144,8 +167,10 @@ def _read(scope: Scope, node: fx.Node) -> Head:
     name, path = op_name(node), _path(node)
     groups = node.args[6] if name.startswith("conv") and len(node.args) > 6 else 1
     if layer is None or node.kwargs or len(layer.axes) != 1 or not _plain(scope, node):
-        weight = node.args[1] if len(node.args) > 1 else None
-        shape = tuple(tensor_meta(weight).shape) if isinstance(weight, fx.Node) else None
+        weight = next(
+            (o for o in node.all_input_nodes if o in scope.constant and tensor_meta(o).dim() > 1), None
+        )
+        shape = None if weight is None else tuple(tensor_meta(weight).shape)
         raise NoHead(
             "not-a-head",
             f"{path!r} is a {name} of weight {shape}, expected a Linear or a 1x1 convolution of stride 1",

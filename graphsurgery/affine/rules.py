@@ -96,7 +96,7 @@ def meeting(*names: str) -> Callable[[Callable[[Meeting], Axes]], Callable[[Meet
 
 def live_operands(node: fx.Node, constant: Collection[fx.Node]) -> list[fx.Node]:
     """The operands that are neither constant nor a size, in order, each as often as it is read."""
-    return [o for o in _leaves((node.args, node.kwargs)) if o not in constant and not _is_size(o)]
+    return [o for o in _leaves((node.args, node.kwargs)) if o not in constant and not is_size(o)]
 
 
 def live_operand(node: fx.Node, constant: Collection[fx.Node]) -> fx.Node | None:
@@ -150,7 +150,8 @@ def _followed(node: fx.Node, axes: Axes, sizes: Sizes) -> Axes:
     return axes
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
+    """Whether the value is a size: a number, no tensor."""
     return isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 

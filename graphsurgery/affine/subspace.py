@@ -102,15 +102,15 @@ def decompose(weight: torch.Tensor, bias: torch.Tensor | None, *, rtol: float | 
     matrix = torch.cat(columns, 1).detach().to(torch.float64).T
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the weights hold NaN or infinity, expected finite numbers")
-    turn, upper = torch.linalg.qr(matrix, mode="complete")
-    upper = upper[: min(matrix.shape)]
+    turn, upper = _complete_qr(matrix)
     # The triangle has the singular values of the matrix, and is smaller; a wide one has a triangle too.
     small = upper if upper.shape[1] == len(upper) else torch.linalg.qr(upper.T, mode="r").R.T
-    left, values, _ = torch.linalg.svd(small)
+    values = torch.linalg.svdvals(small)
     largest = float(values.max()) if values.numel() else 0.0
     tolerance = (max(matrix.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol) * largest
     rank = int((values > tolerance).sum())
     if rank < len(upper):
+        left = torch.linalg.svd(small).U
         again, inner = torch.linalg.qr((left.T @ upper)[:rank])
         inside = turn[:, : len(upper)] @ left
         turn = torch.cat([inside[:, :rank] @ again, inside[:, rank:], turn[:, len(upper) :]], 1)
@@ -120,8 +120,47 @@ def decompose(weight: torch.Tensor, bias: torch.Tensor | None, *, rtol: float | 
     return Subspace(turn, upper * sign.unsqueeze(1), values, tolerance, bias is not None)
 
 
+def _complete_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q (m, m) and R (min(m, n), n) of a matrix (m, n), float64.
+
+    LAPACK's `orgqr` takes most of the time where m is large (4.6 of 5.6 s for 4097 x 1000). The product of
+    the reflections is `I - V T V^T`, with `T^-1` the upper triangle of `V^T V`, its diagonal halved (Joffrain
+    and others, "Accumulating Householder transformations, revisited", 2006): three products of matrices.
+    """
+    packed, tau = torch.geqrf(matrix)
+    count = min(matrix.shape)
+    vectors = packed[:, :count].tril(-1)
+    vectors.diagonal().fill_(1.0)
+    vectors = vectors * (tau != 0)  # what needs no reflection has none
+    inverse = (vectors.T @ vectors).triu(1)
+    inverse.diagonal().copy_(torch.where(tau != 0, 1 / tau.masked_fill(tau == 0, 1.0), 1.0))
+    half = torch.linalg.solve_triangular(inverse, vectors.T, upper=True)
+    turn = -(vectors @ half)
+    turn.diagonal().add_(1.0)
+    return turn, packed[:count].triu()
+
+
+_WHOLE = 1024
+"""Up to so many columns every entry of `Q^T Q` is looked at; beyond it takes longer than the QR itself."""
+_PROBES = 32
+
+
 def off_orthonormal(matrix: torch.Tensor) -> float:
-    """Largest entry of `|Q^T Q - I|` of a square matrix, computed in float64; infinite where not finite."""
+    """How far `Q^T Q` is from the identity, computed in float64; infinite where it is not finite.
+
+    Args:
+        matrix: (n, n), float.
+
+    Returns:
+        The largest entry of `|Q^T Q - I|`. Of more than 1,024 columns the largest norm of a row of it, which
+        is no less, by 32 random vectors z: the mean square of an entry of `(Q^T Q - I) z` is the square of
+        that row's norm. It comes out below half of the norm with a probability of 1e-5.
+    """
     wide = matrix.detach().to(torch.float64)
-    found = (wide.T @ wide - torch.eye(len(wide), dtype=torch.float64, device=wide.device)).abs()
-    return float(found.max()) if bool(torch.isfinite(found).all()) else float("inf")
+    if len(wide) <= _WHOLE:
+        found = (wide.T @ wide - torch.eye(len(wide), dtype=torch.float64, device=wide.device)).abs()
+        off = found.max()
+    else:
+        probes = torch.randn(len(wide), _PROBES, generator=torch.Generator().manual_seed(0)).to(wide)
+        off = (wide.T @ (wide @ probes) - probes).square().mean(1).sqrt().max()
+    return float(off) if bool(torch.isfinite(off)) else float("inf")

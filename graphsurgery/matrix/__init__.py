@@ -22,7 +22,8 @@ from graphsurgery.graph import INFO_KEY
 from graphsurgery.matrix.assemble import assembled
 from graphsurgery.matrix.channels import channel_matrix
 from graphsurgery.matrix.result import AffineMatrix
-from graphsurgery.matrix.segments import batch_size, segments
+from graphsurgery.matrix.rows import DEFAULT_LIMIT
+from graphsurgery.matrix.segments import Segment, batch_size, segments
 from graphsurgery.matrix.stretch import Path, Stretch, find
 
 __all__ = ["AffineMatrix", "affine_matrix", "residual"]
@@ -32,7 +33,12 @@ _FORMS = ("auto", "dense", "sparse", "channels")
 
 
 def affine_matrix(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, path: Path = None, form: Form = "auto"
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    path: Path = None,
+    form: Form = "auto",
+    limit_bytes: int = DEFAULT_LIMIT,
 ) -> AffineMatrix:
     """Find the matrix `A` and the bias `b` of an affine stretch `y = A x + b`, per sample, in float64.
 
@@ -44,11 +50,13 @@ def affine_matrix(
         model: A network, an `ExportedProgram`, or a graph by `graphsurgery.capture`; it is not changed.
         example_inputs: As for `capture`; not needed for a captured graph.
         path: Dotted path of the submodule that is meant (`"layer1.0.conv1"`), or of the first and the last
-            module of a stretch (`("layer1.0.conv1", "layer1.0.bn1")`); None for the whole model.
+            module of a stretch (`"layer1.0.conv1..layer1.0.bn1"`, or both as a tuple); None for the whole
+            model.
         form: `"sparse"` gives the matrix as `torch.sparse_csr`, built without the dense one: a convolution
             becomes its doubly block-Toeplitz matrix. `"dense"` gives an ordinary tensor, `"auto"` whichever
             takes less memory. `"channels"` gives the small matrix that is applied at every position alike, of
             a 1x1 convolution or a Linear: (positions, C) x (C, F).
+        limit_bytes: What the matrix, and each of those that it is multiplied of, may take.
 
     Returns:
         The matrix with its bias, shapes, rank, condition number and density.
@@ -58,28 +66,30 @@ def affine_matrix(
         NotAffineError: The stretch is not affine, or not sample by sample; the message names the op, the
             module path and the source line.
         VerificationError: The matrix found differs from the stretch.
-        ValueError: There is no such module or form.
+        ValueError: There is no such module or form, or the matrix takes more than the limit.
     """
     if form not in _FORMS:
         raise ValueError(f"form must be one of {', '.join(map(repr, _FORMS))}, got {form!r}")
     captured = isinstance(model, fx.GraphModule) and INFO_KEY in model.meta
     gm = model if isinstance(model, fx.GraphModule) and captured else capture(model, example_inputs)
     with torch.inference_mode(False), torch.enable_grad():  # coefficients are read off adjoints
-        return _matrix(find(gm, path), form)
+        return _matrix(find(gm, path), form, limit_bytes)
 
 
-def _matrix(stretch: Stretch, form: Form) -> AffineMatrix:
+def _matrix(stretch: Stretch, form: Form, limit_bytes: int) -> AffineMatrix:
     scope, batch = stretch.scope, batch_size(stretch.scope, stretch.entry)
     ends = [[scope.actual(n, 1) for n in scope.shape(node)] for node in (stretch.entry, stretch.exit)]
-    parts = segments(stretch)  # first of all: it is here that a stretch turns out not to be affine
+    # First of all: it is here that a stretch turns out not to be affine.
+    parts = segments(stretch, form == "channels")
     into, out = (_per_sample(end, batch) for end in ends)
     bias = stretch.run(torch.zeros(ends[0], dtype=torch.float64), 1).reshape(batch or 1, -1)[0].clone()
     axes: tuple[int, int] | None = None
     if form == "channels":
-        matrix, bias, axes = channel_matrix(parts[0] if len(parts) == 1 else None, bias.reshape(out))
+        only = parts[0] if len(parts) == 1 else None
+        matrix, bias, axes = channel_matrix(only if isinstance(only, Segment) else None, bias.reshape(out))
         into, out = (matrix.shape[1],), (matrix.shape[0],)
     else:
-        matrix = assembled(parts, form)
+        matrix = assembled(parts, form, limit_bytes)
     kind = "channels" if axes else _layout(matrix)
     found = AffineMatrix(matrix, bias, into, out, kind, axes)
     error = residual(stretch, found)

@@ -1,38 +1,44 @@
-"""Rows put together into one matrix, and segments multiplied."""
+"""The matrix of a stretch from those of its parts, in the layout that was asked for."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
 import torch
 
-from graphsurgery.matrix.segments import Rows, Segment
+from graphsurgery.matrix.branches import Branches, chained
+from graphsurgery.matrix.rows import Rows, require, sparse
+from graphsurgery.matrix.segments import Segment
 
 
-def assembled(parts: list[Segment], form: Literal["auto", "dense", "sparse"]) -> torch.Tensor:
-    """The product of the matrices of segments.
+def assembled(
+    parts: Sequence[Segment | Branches], form: Literal["auto", "dense", "sparse"], limit_bytes: int
+) -> torch.Tensor:
+    """The product of the matrices of parts.
 
     Args:
-        parts: the segments, first one first.
+        parts: first one first.
         form: `"sparse"`, `"dense"`, or `"auto"` for whichever takes less memory.
+        limit_bytes: what the matrix may take.
 
     Returns:
         (out, in), float64, dense or compressed by rows.
+
+    Raises:
+        ValueError: it takes more than the limit.
     """
-    if len(parts) == 1 and (form == "dense" or (form == "auto" and parts[0].region.tally.heavy)):
-        whole = parts[0].whole()
+    shape = (parts[-1].shape[0], parts[0].shape[1])
+    dense = 8 * prod(shape)
+    if form == "dense":
+        require(dense, f"the dense matrix of {shape[0]:,} x {shape[1]:,} takes {dense:,} bytes", limit_bytes)
+    (only,) = parts if len(parts) == 1 else (None,)
+    if isinstance(only, Segment) and dense <= limit_bytes and form != "sparse":
+        whole = only.whole() if form == "dense" or only.region.tally.heavy else None
         if whole is not None:
             return whole if form == "dense" else _smaller(whole)
-    # From the narrower end, so that what is multiplied stays small.
-    backwards = parts[-1].shape[0] <= parts[0].shape[1]
-    ordered = parts[::-1] if backwards else parts
-    matrix = sparse(ordered[0].rows(), ordered[0].shape)
-    for part in ordered[1:]:
-        other = sparse(part.rows(), part.shape)
-        matrix = _product(matrix, other) if backwards else _product(other, matrix)
+    matrix = chained(parts, limit_bytes)
     if form == "auto":
         return _smaller(matrix)
     return matrix.to_dense() if form == "dense" else matrix
@@ -49,45 +55,3 @@ def _smaller(matrix: torch.Tensor) -> torch.Tensor:
     row, column = matrix.nonzero().unbind(1)
     counts = torch.bincount(row, minlength=len(matrix))
     return sparse([Rows(counts, column, matrix[row, column])], (len(matrix), matrix.shape[1]))
-
-
-def sparse(rows: Iterable[Rows], shape: tuple[int, int]) -> torch.Tensor:
-    """Rows as one compressed-row tensor of float64, its indices int32 where they fit.
-
-    Args:
-        rows: all rows in order.
-        shape: of the matrix.
-    """
-    small = torch.int32 if max(shape) < 2**31 else torch.int64
-    counts, columns, values = [], [], []
-    for some in rows:
-        counts.append(some.counts)
-        columns.append(some.columns.to(small))
-        values.append(some.values)
-    starts = torch.zeros(shape[0] + 1, dtype=torch.int64)
-    torch.cumsum(torch.cat(counts), 0, out=starts[1:])
-    index = small if int(starts[-1]) < 2**31 else torch.int64
-    column = torch.cat(columns).to(index)
-    columns.clear()
-    value = torch.cat(values)
-    values.clear()
-    return _compressed(starts.to(index), column, value, shape)
-
-
-def _compressed(
-    starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]
-) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once a process that the layout is in beta
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=True)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product of two compressed-row tensors, without the zeros that sums leave."""
-    # By coordinates: the product of compressed rows needs MKL, which not every build of torch has.
-    found = torch.sparse.mm(left.to_sparse(), right.to_sparse()).coalesce()
-    row, column = found.indices()
-    keep = found.values() != 0
-    counts = torch.bincount(row[keep], minlength=found.shape[0])
-    rows = Rows(counts, column[keep], found.values()[keep])
-    return sparse([rows], (found.shape[0], found.shape[1]))

@@ -8,7 +8,7 @@ import torch
 
 from graphsurgery.affine.roles import Roles
 from graphsurgery.errors import NotAffineError
-from graphsurgery.matrix.assemble import sparse
+from graphsurgery.matrix.rows import sparse
 from graphsurgery.matrix.segments import Segment
 
 _UNIFORM = 1e-12  # of the largest value of the shift: what rounding at different positions may leave
@@ -58,8 +58,10 @@ def _axes(segment: Segment) -> tuple[int, int] | None:
         return None
     into = _sole(roles.entry, {*roles.gone, *roles.varied}, roles.entry_sizes)
     out = _sole(roles.exit, {*roles.fresh, *roles.varied}, roles.exit_sizes)
-    if into is None or out is None or into == out == -1:
+    if into is None or out is None:
         return None
+    if into == out == -1:  # one channel on both sides: the first axis that is as short, as layers have it
+        into = next((i for i, dim in enumerate(roles.entry[1:], 1) if not _real(dim, roles)), 0)
     # Where there is one channel only, no axis shows it: it is taken to stay where it was.
     into, out = (out if into < 0 else into), (into if out < 0 else out)
     if not 0 < into < len(roles.entry) or not 0 < out < len(roles.exit):
@@ -79,6 +81,10 @@ def _sole(layout: tuple[tuple[int, ...], ...], labels: Collection[int], sizes: d
             return None
         found = i
     return found
+
+
+def _real(dim: tuple[int, ...], roles: Roles) -> bool:
+    return any(roles.entry_sizes[a] != 1 for a in dim)
 
 
 def _others(layout: tuple[tuple[int, ...], ...], skip: int, roles: Roles) -> list[tuple[int, ...]]:

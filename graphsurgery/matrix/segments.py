@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -22,26 +22,16 @@ from graphsurgery.affine.atoms import Atom, Axes, NoFold, Window
 from graphsurgery.affine.kernel import kernel_pieces
 from graphsurgery.affine.region import Region, Scope, is_heavy
 from graphsurgery.affine.roles import Roles
+from graphsurgery.cost import op_name
 from graphsurgery.errors import NotAffineError
+from graphsurgery.matrix.branches import MEETING, Branches, carried, taken
+from graphsurgery.matrix.repeated import depending, values_read
+from graphsurgery.matrix.rows import CHUNK, DEFAULT_LIMIT, Rows, sparse
 from graphsurgery.matrix.stretch import Stretch
+from graphsurgery.values import tensor_meta
 
-_CHUNK = 2**18
-"""Entries that are written at once; they take some ten times eight bytes each meanwhile."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a matrix, one after the other.
-
-    Attributes:
-        counts: (rows,) int64, entries of each row.
-        columns: (entries,) int64, ascending within a row.
-        values: (entries,) float64.
-    """
-
-    counts: torch.Tensor
-    columns: torch.Tensor
-    values: torch.Tensor
+_DEARER = 8
+"""How many times the numbers of two segments the coefficients of both as one may have; they are all found."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class Segment:
         self.into, self.out = _flat(roles.entry), _flat(roles.exit)
         self.entry_sizes = {label: scope.actual(n, 1) for label, n in roles.entry_sizes.items()}
         self.exit_sizes = {label: scope.actual(n, 1) for label, n in roles.exit_sizes.items()}
-        batch = batch_size(scope, region.entry)
+        self.batch = batch = batch_size(scope, region.entry)
         if batch is None or batch > 1:
             label = _batch_label(roles, self.into, batch)
             if label is None or label != _first(self.out, roles.exit_sizes):
@@ -109,6 +99,20 @@ class Segment:
             found.append(w)
         return tuple(found)
 
+    def matrix(self, limit_bytes: int = DEFAULT_LIMIT) -> torch.Tensor:
+        """The matrix by compressed rows, float64.
+
+        Raises:
+            ValueError: it takes more than the limit.
+        """
+        region = self.region
+        if self.batch is None and region.exit is not region.entry and not region.tally.heavy:
+            shape = [region.scope.actual(n, 1) for n in region.scope.shape(region.entry)]
+            found = carried(region.runner(1), shape)
+            if found is not None:
+                return sparse([found.rows()], self.shape, limit_bytes)
+        return sparse(self.rows(), self.shape, limit_bytes)
+
     def whole(self) -> torch.Tensor | None:
         """The matrix itself, float64, where all is mixed and it is no larger than its coefficients."""
         roles = self.roles
@@ -134,7 +138,7 @@ class Segment:
         kernel = self._kernel()
         counts = kernel.starts.diff()
         total = self.shape[0]
-        step = max(1, _CHUNK // max(1, int(counts.max())))
+        step = max(1, CHUNK // max(1, int(counts.max())))
         for start in range(0, total, step):
             yield self._some(kernel, counts, torch.arange(start, min(total, start + step)))
 
@@ -200,39 +204,100 @@ class Segment:
         )
 
 
-_Part = tuple[fx.Node, fx.Node, Axes]  # first value, last value, and what lies between does to the axes
+@dataclass(frozen=True)
+class _Step:
+    """What lies between two cuts: first value, last value, and what is done to the axes of the first."""
+
+    start: fx.Node
+    stop: fx.Node
+    axes: Axes
+    branches: Branches | None = None
 
 
-def segments(stretch: Stretch) -> list[Segment]:
-    """The stretch cut so that no segment mixes an axis that its layers, one by one, read through windows.
+def segments(stretch: Stretch, whole: bool = False) -> list[Segment | Branches]:
+    """The stretch in parts: windows that its layers read stay windows, and what was sparse stays sparse.
+
+    Args:
+        stretch: the calls.
+        whole: as few segments as can be, and no branches.
 
     Raises:
         NotAffineError: a call is no affine op, or mixes samples, or moves the batch.
     """
     if not stretch.nodes:
-        return [
-            Segment(Region(stretch.scope, stretch.entry, stretch.exit, stretch.axes(*[stretch.entry] * 2)))
-        ]
-    found: list[_Part] = []
+        return [_segment(stretch, _Step(stretch.entry, stretch.exit, stretch.axes(*[stretch.entry] * 2)))]
+    found: list[_Step] = []
     for start, stop in pairwise(stretch.cuts()):
-        step = stretch.axes(start, stop)
-        joined = _joined(stretch, found[-1], (start, stop, step)) if found else None
+        step = _Step(start, stop, stretch.axes(start, stop))
+        if not whole:
+            step = replace(step, branches=_branches(stretch, step))
+        joined = _joined(stretch, found[-1], step, whole) if found else None
         if joined is None:
-            found.append((start, stop, _expressible(step)))
+            found.append(replace(step, axes=_expressible(step.axes)))
         else:
-            found[-1] = (found[-1][0], stop, joined)
-    return [Segment(Region(stretch.scope, start, stop, axes)) for start, stop, axes in found]
+            found[-1] = joined
+    return [step.branches or _segment(stretch, step) for step in found]
 
 
-def _joined(stretch: Stretch, before: _Part, step: _Part) -> Axes | None:
-    """The axes of a segment and the step behind it as one; None where that would lose windows."""
+def _segment(stretch: Stretch, step: _Step) -> Segment:
+    return Segment(Region(stretch.scope, step.start, step.stop, step.axes))
+
+
+def _joined(stretch: Stretch, before: _Step, step: _Step, whole: bool) -> _Step | None:
+    """A segment and the step behind it as one; None where that would lose windows."""
+    if before.branches or step.branches:
+        return None
     try:
-        whole = stretch.axes(before[0], step[1])
+        axes = stretch.axes(before.start, step.stop)
     except NotAffineError:
         return None
-    heavy = any(is_heavy(node) for node in stretch.scope.between(*step[:2]))
-    kept = _lossless(before[2], step[2], whole, heavy) and _expressible(whole) is whole
-    return whole if kept else None
+    heavy = any(is_heavy(node) for node in stretch.scope.between(step.start, step.stop))
+    if not _lossless(before.axes, step.axes, axes, heavy) or _expressible(axes) is not axes:
+        return None
+    joined = _Step(before.start, step.stop, axes)
+    kept = len(_windows(axes)) >= max(len(_windows(one.axes)) for one in (before, step))
+    if kept or whole:
+        return joined
+    each = sum(_coefficients(stretch.scope, one.start, one.axes) for one in (before, step))
+    return joined if _coefficients(stretch.scope, before.start, axes) <= _DEARER * each else None
+
+
+def _coefficients(scope: Scope, entry: fx.Node, axes: Axes) -> int:
+    """How many numbers make a matrix: those of one position of what is carried alike."""
+    roles = Roles(axes, len(scope.shape(entry)))
+    taps = (w.taps if w.ordinary() else w.base for w in _windows(axes))
+    labels = (*roles.varied, *roles.fresh, *roles.gone)
+    return scope.actual(roles.sizes(labels), 1) * prod(taps)
+
+
+def _branches(stretch: Stretch, step: _Step) -> Branches | None:
+    """A step in which paths meet by its paths; None where it is a layer, or cannot be taken apart."""
+    scope = stretch.scope
+    nodes = scope.between(step.start, step.stop)
+    if op_name(step.stop) not in MEETING or batch_size(scope, step.start) is not None:
+        return None
+    read = dict.fromkeys(values_read(step.stop, scope.constant))
+    if list(read) == [step.start]:
+        return None
+    weights = (o for node in nodes if is_heavy(node) for o in node.all_input_nodes if o in scope.constant)
+    size = sum(tensor_meta(weight).numel() for weight in weights)
+    if _coefficients(scope, step.start, step.axes) <= _DEARER * size:
+        return None
+    live = depending(scope, step.start, nodes)
+    try:
+        shape = _segment(stretch, replace(step, axes=_expressible(step.axes))).shape
+        paths = []
+        for operand in read:
+            if operand not in live:
+                continue
+            take = taken(scope, step.stop, operand)
+            if take is None:
+                return None
+            inside = scope.between(step.start, operand) if operand is not step.start else ()
+            paths.append((take, segments(Stretch(scope, step.start, operand, inside))))
+    except NotAffineError:  # the batch is elsewhere in between: the step as a whole may still do
+        return None
+    return Branches(shape, paths)
 
 
 def _expressible(axes: Axes) -> Axes:

@@ -18,9 +18,10 @@ from graphsurgery.affine.runner import runner
 from graphsurgery.cost import op_name
 from graphsurgery.errors import NotAffineError
 from graphsurgery.graph import module_path, source_line
+from graphsurgery.matrix.repeated import depending, repeated_axes, values_read
 from graphsurgery.values import is_tensor, tensor_meta
 
-Path = str | tuple[str, str] | None
+Path = str | tuple[str, str] | list[str] | None
 
 _MIXING = frozenset({"batch-mixed", "batch-varied", "batch-statistics"})
 
@@ -73,9 +74,14 @@ class Stretch:
             NotAffineError: one of them is no affine op, or mixes samples; the message names it.
         """
         known = {start: self.scope.entry_axes(start)}
-        for node in self.scope.between(start, stop) if stop is not start else ():
+        nodes = self.scope.between(start, stop) if stop is not start else ()
+        live = depending(self.scope, start, nodes)
+        for node in nodes:
             try:
-                known[node] = _follow(self.scope, node, known.__getitem__)
+                if node in live:
+                    known[node] = _follow(self.scope, node, known.__getitem__)
+                else:
+                    known[node] = repeated_axes(self.scope, start, node)
             except NoFold as refusal:
                 raise NotAffineError(_complaint(node, refusal), refusal.code) from None
         return known[stop]
@@ -89,10 +95,9 @@ class _ZeroPad(rules.Step):
 
 
 def _follow(scope: Scope, node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Axes:
-    if not rules.live_operands(node, scope.constant):  # such as a token that is repeated for each sample
-        raise NoFold(
-            "unsupported", "a value of the batch's size is made of parameters, which is not followed"
-        )
+    read = values_read(node, scope.constant)
+    if len(read) == 1 < len(rules.live_operands(node, scope.constant)):  # of the others only the shape counts
+        return rules.apply(rules.Step(node, read[0], axes_of(read[0]), scope.sizes))
     try:
         return rules.follow(node, axes_of, scope.constant, scope.sizes)
     except NoFold as refusal:
@@ -129,14 +134,20 @@ def find(gm: fx.GraphModule, path: Path) -> Stretch:
 
     Raises:
         NotAffineError: they read more than one value, or make more than one.
-        ValueError: no call comes from such a module.
+        ValueError: no call comes from such a module, or the path is none.
     """
     scope = Scope(gm)
     if path is None:
         entry, exit_ = _whole(scope)
     else:
-        first, last = (path, path) if isinstance(path, str) else path
+        first, last = _ends(path)
         entry, exit_ = _read_by(scope, first), _made_by(scope, last)
+        if first != last and not scope.position(entry) < scope.position(exit_):
+            raise NotAffineError(
+                f"{last!r} does not follow {first!r}: {exit_.name!r} is computed no later than "
+                f"{entry.name!r}; give the first module of the stretch first.",
+                "order",
+            )
     nodes = () if exit_ is entry else scope.between(entry, exit_)
     others = [node for node in nodes if node.op != "call_function"]
     if others or (nodes and not any(entry in node.all_input_nodes for node in nodes)):
@@ -153,7 +164,33 @@ def find(gm: fx.GraphModule, path: Path) -> Stretch:
                 "dimension, which a matrix needs.",
                 "unsupported",
             )
+        if 0 in tensor_meta(node).shape:
+            raise NotAffineError(
+                f"{node.name!r} at an end of the stretch has the shape {tuple(tensor_meta(node).shape)} "
+                "and no elements; give example inputs with some.",
+                "empty",
+            )
+    if nodes and exit_ not in depending(scope, entry, nodes):
+        raise _constant(exit_)
     return Stretch(scope, entry, exit_, nodes)
+
+
+def _ends(path: str | tuple[str, ...] | list[str]) -> tuple[str, str]:
+    """The first and the last module of a path: `"a"`, `"a..b"` or `("a", "b")`."""
+    ends = path.split("..") if isinstance(path, str) else path
+    if isinstance(ends, (tuple, list)) and all(isinstance(end, str) for end in ends):
+        if len(ends) == 1:
+            return ends[0], ends[0]
+        if len(ends) == 2:
+            return ends[0], ends[1]
+    raise ValueError(
+        f"expected the path of a module ('layer1.0.conv1'), or of the first and the last one of a stretch "
+        f"('0..2' or ('0', '2')), got {path!r}"
+    )
+
+
+def _constant(node: fx.Node) -> NotAffineError:
+    return NotAffineError(f"the output {node.name!r} does not depend on the input.", "constant")
 
 
 def _whole(scope: Scope) -> tuple[fx.Node, fx.Node]:
@@ -161,7 +198,7 @@ def _whole(scope: Scope) -> tuple[fx.Node, fx.Node]:
     exits = list(dict.fromkeys(output.all_input_nodes))
     exit_ = _single(exits, "the model gives {} tensors ({}), expected one", "several-outputs")
     if exit_ in scope.constant:
-        raise NotAffineError(f"the output {exit_.name!r} does not depend on the input.", "constant")
+        raise _constant(exit_)
     needed = {exit_}
     stack = [exit_]
     while stack:
@@ -170,6 +207,8 @@ def _whole(scope: Scope) -> tuple[fx.Node, fx.Node]:
                 needed.add(operand)
                 stack.append(operand)
     entries = [node for node in scope.gm.graph.nodes if node.op == "placeholder" and node in needed]
+    if not entries:
+        raise _constant(exit_)
     return _single(entries, "the model's output reads {} inputs ({}), expected one", "several-inputs"), exit_
 
 
@@ -189,12 +228,14 @@ def _within(scope: Scope, path: str) -> set[fx.Node]:
         node
         for node in calls
         if node not in scope.constant and (module_path(node) + ".").startswith(path + "." if path else "")
+        if not rules.is_size(node)
     }
     if not found:
         known = sorted({step for node in calls for step in _prefixes(module_path(node))})
         near = get_close_matches(path, known, n=3, cutoff=0.5) or known[:5]
         raise ValueError(
-            f"no call of the graph comes from a module {path!r}; there are {', '.join(near)}, ..."
+            f"no call of the graph comes from a module {path!r} (one that computes nothing leaves none); "
+            f"there are {', '.join(near)}, ..."
         )
     return found
 

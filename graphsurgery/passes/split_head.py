@@ -5,6 +5,7 @@ Rule:      logits = f' M, M = [weight | bias]^T = Q R, f' = [f, 1]
 Requires:  a Linear, a 1x1 convolution of stride 1 or a product with a constant matrix; refused with:
            `no-head` there is none, or none of that name;  `not-a-head` the layer is of another kind;
            `grouped` a convolution of several groups;  `several-calls` the layer is called more than once;
+           `several-heads` no head was named, and outputs have heads of their own;
            `bypassed` no head was named, and the last one is not all that reaches the output;
            `outputs-taken` the model has an output of one of the new names already;
            `zero-weights` nothing reaches the outputs;  `not-finite` weights hold NaN or infinity;

@@ -321,6 +321,25 @@ class Skip(nn.Module):
         return self.a(x) + torch.relu(self.b(x))
 
 
+class Several(nn.Module):
+    """Two heads of one trunk, their outputs under the names that are given."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.a, self.b, self.names = nn.Linear(12, 5), nn.Linear(12, 4), names
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.a(x), self.b(x)
+        return dict(zip(self.names, found, strict=True)) if self.names else found
+
+
+@pytest.mark.parametrize(("names", "chosen"), [(("aux", "out"), "head.b"), (("logits", "boxes"), "head.a")])
+def test_the_main_output_of_several_is_known_by_its_name(names: tuple[str, str], chosen: str) -> None:
+    result = split(seeded(lambda: Net(Several(*names))))
+    (change,) = result.changes
+    assert [ref.module for ref in change.before] == [chosen]
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -341,6 +360,15 @@ class Twice(nn.Module):
         (lambda: Net(nn.Conv2d(12, 5, 1, stride=2), False), "head", "not-a-head", "of stride 1"),
         (lambda: Net(nn.Conv2d(12, 4, 1, groups=2), False), "head", "grouped", "2 groups"),
         (lambda: Net(Twice()), "head.fc", "several-calls", "2 calls"),
+        (lambda: Net(Several()), None, "several-heads", "'head.a', 'head.b'"),
+        (lambda: Net(Several("cls", "box")), None, "several-heads", "name one"),
+        (lambda: Net(nn.Linear(12, 5)), 0, "no-head", "got 0"),
+        (
+            lambda: Net(Call(lambda x: torch.addmm(torch.ones(5).to(x), x, torch.ones(12, 5).to(x)))),
+            None,
+            "not-a-head",
+            "(12, 5)",
+        ),
         (lambda: Net(Skip()), None, "bypassed", "'head.a'"),
         (lambda: Net(zeroed(nn.Linear(12, 5))), None, "zero-weights", "all zero"),
         (lambda: Net(infinite(nn.Linear(12, 5))), None, "not-finite", "NaN or infinity"),
