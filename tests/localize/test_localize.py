@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,31 @@ def test_the_caller_is_untouched_and_the_result_is_plain(net: Net) -> None:
         "test_localize.py",
     ):
         assert word in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_a_runtime_named_besides_is_searched_by_halving(
+    net: Net, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphsurgery.export.openvino import OpenVinoSession
+
+    made = OpenVinoSession.__init__
+
+    def spoilt(self: OpenVinoSession, path: Any) -> None:
+        model = onnx.load(path)
+        for tensor in model.graph.initializer:
+            if tensor.name == "first.weight":
+                array = numpy_helper.to_array(tensor) * np.float32(1.01)
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        onnx.save(model, tmp_path / "spoilt.onnx")
+        made(self, tmp_path / "spoilt.onnx")
+
+    monkeypatch.setattr(OpenVinoSession, "__init__", spoilt)
+    found = gs.localize(net, file, image(), runtimes=["openvino"])
+    assert [stage.status for stage in found.stages] == ["equal", "equal", "equal", "different"]
+    assert found.blame.endswith("OpenVINO; onnxruntime net.onnx (optimised) agrees")
+    assert found.module == "first"
+    assert gs.localize(net, file, image()).found is False
 
 
 @pytest.mark.sweep
