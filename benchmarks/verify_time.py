@@ -27,7 +27,7 @@ from torch import nn
 
 import graphsurgery as gs
 from graphsurgery.export import OnnxSession
-from graphsurgery.verify import Baseline, Inputs, runners
+from graphsurgery.verify import Inputs, runners
 
 
 def warmed(model: nn.Module, size: int) -> nn.Module:
@@ -40,14 +40,17 @@ def warmed(model: nn.Module, size: int) -> nn.Module:
 
 
 @contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Count the forward passes of `verify`, by kind."""
+def counted() -> Iterator[tuple[Counter[str], list[torch.Tensor]]]:
+    """Count the forward passes of `verify`, by kind, and keep the inputs of the native ones."""
     counts: Counter[str] = Counter()
+    seen: list[torch.Tensor] = []
     returned, run = runners._returned, OnnxSession.run
 
     def torch_pass(module: nn.Module, inputs: Inputs, state: Any = None) -> Any:
         double = state is not None and any(t.dtype == torch.float64 for t in state.values())
         counts["torch float64" if double else "torch native" if state is None else "torch moved"] += 1
+        if state is None:
+            seen.append(inputs.tensors()[0])
         return returned(module, inputs, state)
 
     def onnx_pass(self: OnnxSession, feeds: Any) -> Any:
@@ -56,15 +59,20 @@ def counted() -> Iterator[Counter[str]]:
 
     runners._returned, OnnxSession.run = torch_pass, onnx_pass  # type: ignore[method-assign]
     try:
-        yield counts
+        yield counts, seen
     finally:
         runners._returned, OnnxSession.run = returned, run  # type: ignore[method-assign]
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall time of a run, and processor time of all its threads, which other work leaves nearly alone."""
+    wall, processor = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def total(times: list[tuple[float, float]], share: float = 1.0) -> tuple[float, float]:
+    return share * sum(wall for wall, _ in times), share * sum(processor for _, processor in times)
 
 
 def main() -> None:
@@ -84,39 +92,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         gs.optimize(model, picture, verify="off").export_onnx(path, verify=False)
-        with counted() as counts:
-            verdict = gs.verify(model, path, picture)
         session = OnnxSession(path)
-        batches = [batch.inputs.tensors()[0] for batch in Baseline(model, picture).batches]
         passes: dict[str, Callable[[torch.Tensor], object]] = {
             "torch native": model,
             "torch moved": model,
             "torch float64": lambda x: double(x.double()),
             "onnxruntime": lambda x: session.run({session.input_names[0]: x}),
         }
-        whole: list[float] = []
-        needed: list[dict[str, float]] = []
+        rounds: list[tuple[tuple[float, float], dict[str, tuple[float, float]]]] = []
+        verdicts: list[gs.Verdict] = []
         with torch.no_grad():
             for _ in range(options.rounds):
-                whole.append(seconds(lambda: gs.verify(model, path, picture)))
-                needed.append(
-                    {
-                        kind: sum(seconds(lambda x=x, run=run: run(x)) for x in batches)  # type: ignore[misc]
-                        * counts[kind]
-                        / len(batches)
-                        for kind, run in passes.items()
-                    }
-                )
-    print(f"{options.model} at {options.size}: {verdict.reason}")
+                with counted() as (counts, batches):
+                    whole = seconds(lambda: verdicts.append(gs.verify(model, path, picture)))
+                needed = {}
+                for kind, run in passes.items():
+                    times = [seconds(lambda x=x, run=run: run(x)) for x in batches]  # type: ignore[misc]
+                    needed[kind] = total(times, counts[kind] / len(batches))
+                rounds.append((whole, needed))
+    print(f"{options.model} at {options.size}: {verdicts[-1].reason}")
     for kind in passes:
-        times = statistics.median(part[kind] for part in needed)
-        print(f"{kind:15} {counts[kind]:3} passes {times:8.2f} s")
-    bare = statistics.median(sum(part.values()) for part in needed)
-    ratios = [a / sum(part.values()) for a, part in zip(whole, needed, strict=True)]
-    print(f"needed passes   {sum(counts.values()):3}        {bare:8.2f} s")
-    print(f"verify                     {statistics.median(whole):8.2f} s")
-    spread = f"({min(ratios):.2f} to {max(ratios):.2f} over {options.rounds} rounds)"
-    print(f"ratio                      {statistics.median(ratios):8.2f}   {spread}")
+        wall, processor = (statistics.median(part[kind][i] for _, part in rounds) for i in (0, 1))
+        print(f"{kind:15} {counts[kind]:3} passes {wall:8.2f} s {processor:8.2f} s of processor")
+    bare = [total(list(part.values())) for _, part in rounds]
+    for name, each in (("needed passes", bare), ("verify", [whole for whole, _ in rounds])):
+        wall, processor = (statistics.median(times[i] for times in each) for i in (0, 1))
+        print(f"{name:15} {'':10} {wall:8.2f} s {processor:8.2f} s of processor")
+    for i, kind in ((0, "wall time"), (1, "processor time")):
+        ratios = [whole[i] / times[i] for (whole, _), times in zip(rounds, bare, strict=True)]
+        spread = f"({min(ratios):.2f} to {max(ratios):.2f} over {options.rounds} rounds)"
+        print(f"ratio of {kind:14} {statistics.median(ratios):8.2f} {spread}")
 
 
 if __name__ == "__main__":
