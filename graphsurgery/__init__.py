@@ -20,6 +20,7 @@ from graphsurgery.errors import (
     RuntimeUnavailableError,
     VerificationError,
 )
+from graphsurgery.localize import Localization, Place, localize
 from graphsurgery.matrix import AffineMatrix, affine_matrix
 from graphsurgery.pipeline import (
     FeatureEnergy,
@@ -45,11 +46,12 @@ from graphsurgery.rewrite import (
     Preserves,
     Refusal,
 )
-from graphsurgery.verify import Verdict, verify
+from graphsurgery.verify import RUNTIMES, RuntimesVerdict, RuntimeVerdict, Verdict, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RUNTIMES",
     "AffineMatrix",
     "CaptureError",
     "Change",
@@ -58,6 +60,7 @@ __all__ = [
     "FeatureEnergy",
     "GraphSurgeryError",
     "HeadSubspace",
+    "Localization",
     "ManagerResult",
     "NodeRef",
     "NotAffineError",
@@ -67,10 +70,13 @@ __all__ = [
     "PassFailure",
     "PassManager",
     "PassResult",
+    "Place",
     "Preserves",
     "Refusal",
     "Report",
     "RuntimeUnavailableError",
+    "RuntimeVerdict",
+    "RuntimesVerdict",
     "SplitHeadResult",
     "Verdict",
     "VerificationError",
@@ -79,6 +85,7 @@ __all__ = [
     "capture",
     "head_subspace",
     "inspect",
+    "localize",
     "optimize",
     "passes",
     "restore",

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "restore": {"errors", "values", "graph", "layers"},
     "verify": {"errors", "values", "graph", "export"},
     "export": {"errors", "values", "graph", "verify"},
+    "localize": {"errors", "graph", "capture", "verify", "export"},
     "report": {"errors", "cost", "rewrite", "verify", "export", "graph"},
     "pipeline": {
         *("errors", "values", "graph", "cost", "affine", "rewrite", "passes"),
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {
         *("errors", "graph", "cost", "rewrite", "passes", "capture", "restore"),
-        *("verify", "export", "report", "pipeline", "matrix"),
+        *("verify", "localize", "export", "report", "pipeline", "matrix"),
     },
 }
 # Packages that only these rooms may import.

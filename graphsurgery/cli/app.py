@@ -51,6 +51,7 @@ Inputs = Annotated[
         help="One input of the model, as 1x3x224x224, 1x16:int64 or name=1x16:int64; repeat for more.",
     ),
 ]
+RUNTIMES = ", ".join(gs.RUNTIMES)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -168,15 +169,25 @@ def verify(
         str, typer.Argument(metavar="B", help="What is compared with it, in the same forms.")
     ],
     inputs: Inputs = None,
+    runtimes: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", metavar="NAME", help=f"Run B on it; repeat for more: {RUNTIMES}."),
+    ] = None,
+    locate: Annotated[
+        bool, typer.Option("--locate/--no-locate", help="Find the first value that differs, if any.")
+    ] = True,
     as_json: Json = False,
 ) -> int:
-    """Tell whether A and B compute the same function, up to rounding."""
-    verdict = run.verify(reference, candidate, list(inputs or ()), ERR)
+    """Tell whether A and B compute the same function, up to rounding.
+
+    Exit code 0: equal; 1: different; 2: they could not be compared.
+    """
+    found = run.verify(reference, candidate, list(inputs or ()), list(runtimes or ()), ERR, locate=locate)
     if as_json:
-        typer.echo(run.verdict_json(verdict))
+        typer.echo(run.verdict_json(found))
     else:
-        OUT.print(*show.verdict(verdict), sep="\n", highlight=False)
-    return 0 if verdict.ok else 1
+        OUT.print(*show.compared(found), sep="\n", highlight=False)
+    return 0 if found.verdict.ok else 1
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import graphsurgery as gs
-from graphsurgery.cli.errors import UsageError
+from graphsurgery.cli.errors import UsageError, first_line, nearest
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
 from graphsurgery.cli.options import with_options
@@ -23,6 +23,7 @@ from graphsurgery.export.files import staged
 from graphsurgery.report.codec import to_plain
 
 __all__ = [
+    "Compared",
     "Outcome",
     "Request",
     "describe_passes",
@@ -144,13 +145,40 @@ def inspect(model: str, inputs: list[str], console: Console) -> gs.Report:
         return gs.inspect(loaded.model, examples, on_event=on_event)
 
 
-def verify(reference: str, candidate: str, inputs: list[str], console: Console) -> gs.Verdict:
-    """Compare two programs.
+@dataclass(frozen=True)
+class Compared:
+    """What `verify` found.
+
+    Attributes:
+        verdict: The verdict.
+        location: Where the programs begin to differ; None where they do not, or it was not looked for.
+        unlocated: Why the place of a difference was looked for in vain; "" otherwise.
+    """
+
+    verdict: gs.Verdict
+    location: gs.Localization | None = None
+    unlocated: str = ""
+
+
+def verify(
+    reference: str,
+    candidate: str,
+    inputs: list[str],
+    runtimes: list[str],
+    console: Console,
+    *,
+    locate: bool = True,
+) -> Compared:
+    """Compare two programs, the one that is judged on the runtimes named, if any; locate a difference.
 
     Raises:
         UsageError: A side or its inputs cannot be used.
         GraphSurgeryError: As raised by the verification.
     """
+    for name in runtimes:
+        if name not in gs.RUNTIMES:
+            hint = nearest(name, gs.RUNTIMES) or f"; expected one of {', '.join(gs.RUNTIMES)}."
+            raise UsageError(f"--runtime '{name}' is unknown{hint}")
     sides = [_side(reference), _side(candidate)]
     models = [side for side in sides if isinstance(side, LoadedModel)]
     bringing = [side for side in models if side.example_inputs is not None]
@@ -161,11 +189,18 @@ def verify(reference: str, candidate: str, inputs: list[str], console: Console) 
         )
     with console.status("comparing") if console.is_terminal else ExitStack():
         try:
-            return gs.verify(_program(sides[0]), _program(sides[1]), examples)
+            programs = _program(sides[0]), _program(sides[1])
+            verdict = gs.verify(*programs, examples, runtimes=runtimes or None)
         except (
             gs.VerificationError
         ) as error:  # a difference is returned; raised is what could not be compared
             raise UsageError(str(error)) from error
+        if verdict.ok or not locate:
+            return Compared(verdict)
+        try:
+            return Compared(verdict, gs.localize(*programs, examples, runtimes=runtimes))
+        except Exception as error:  # noqa: BLE001 - the verdict stands, whatever keeps its place from being found
+            return Compared(verdict, unlocated=first_line(error))
 
 
 def describe_passes() -> list[dict[str, Any]]:
@@ -182,9 +217,11 @@ def describe_passes() -> list[dict[str, Any]]:
     ]
 
 
-def verdict_json(verdict: gs.Verdict) -> str:
-    """The verdict as JSON text."""
-    return json.dumps(to_plain(verdict), indent=2, allow_nan=False)
+def verdict_json(found: Compared) -> str:
+    """The verdict as JSON text, with the place of a difference under "location"."""
+    location = None if found.location is None else to_plain(found.location)
+    plain = {**to_plain(found.verdict), "location": location, "unlocated": found.unlocated}
+    return json.dumps(plain, indent=2, allow_nan=False)
 
 
 def _load(spec: str, inputs: list[str]) -> tuple[LoadedModel, Any]:

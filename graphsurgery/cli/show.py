@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 import graphsurgery as gs
-from graphsurgery.cli.run import Outcome
+from graphsurgery.cli.run import Compared, Outcome
 from graphsurgery.report.text import render
 
-__all__ = ["inspection", "outcome", "passes", "verdict"]
+__all__ = ["compared", "inspection", "outcome", "passes", "verdict"]
 
 LINES_PER_GROUP = 12  # of changes or refusals; --json and --report hold them all
 
@@ -50,10 +50,35 @@ def verdict(result: gs.Verdict) -> list[RenderableType]:
             Text("ok", style="green") if output.ok else Text("different", style="bold red"),
         )
     lines: list[RenderableType] = [table]
+    if isinstance(result, gs.RuntimesVerdict):
+        lines += ["", _runtimes(result)]
     lines += [Text(f"note: {note}") for note in result.notes]
     sides = f"{result.candidate} against {result.reference}"
     lines.append(Text(f"{sides}: {result.reason}", style="green" if result.ok else "bold red"))
     return lines
+
+
+def compared(found: Compared) -> list[RenderableType]:
+    """The verdict, and where the programs begin to differ."""
+    lines = verdict(found.verdict)
+    if found.location is not None:
+        lines += ["", Text(str(found.location))]
+    if found.unlocated:
+        lines.append(Text(f"the first difference could not be located: {found.unlocated}"))
+    return lines
+
+
+def _runtimes(result: gs.RuntimesVerdict) -> Table:
+    """What each runtime said."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("runtime", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("why")
+    styles = {"equal": "green", "different": "bold red", "not run": "yellow"}
+    for item in result.runtimes:
+        reason = item.reason.removeprefix("not run: ")
+        table.add_row(item.runtime, Text(item.status, style=styles[item.status]), Text(reason))
+    return table
 
 
 def passes(described: list[dict[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""Variants of an ONNX graph for verification: in float64, and with its constants moved by a rounding."""
+"""An ONNX graph on the reference evaluator, in its own dtypes or in float64, or with its constants moved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from graphsurgery.errors import GraphSurgeryError, VerificationError
+from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.sessions import OnnxSession, read_model
 
-__all__ = ["Float64Evaluator", "macs", "nudged_session"]
+__all__ = ["Evaluator", "macs", "nudged_session"]
 
 _LOW = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _NUMPY_EPS = {TensorProto.FLOAT: 2.0**-23, TensorProto.FLOAT16: 2.0**-10, TensorProto.DOUBLE: 2.0**-52}
@@ -26,15 +26,20 @@ _MAX_MACS = 2e8
 """Multiplications up to which the reference evaluator, which is plain numpy, answers within seconds."""
 
 
-class Float64Evaluator:
-    """An ONNX graph, every float of it in float64, on the reference evaluator.
+class Evaluator:
+    """An ONNX graph on the reference evaluator of the `onnx` package.
+
+    Args:
+        model: The graph.
+        double: Whether every float of it is turned into float64.
 
     Attributes:
-        inputs: Dtype and shape of each input, as in `OnnxSession`.
+        inputs: Dtype and shape of each input, as in `OnnxSession`; no dtype in float64.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._evaluator = ReferenceEvaluator(_in_float64(model))
+    def __init__(self, model: onnx.ModelProto, *, double: bool) -> None:
+        self._double = double
+        self._evaluator = ReferenceEvaluator(_in_float64(model) if double else model)
         self._outputs = tuple(value.name for value in model.graph.output)
         initializers = {tensor.name for tensor in model.graph.initializer}
         self.inputs: dict[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]] = {
@@ -42,30 +47,43 @@ class Float64Evaluator:
         }
 
     @classmethod
-    def of_file(cls, path: str | os.PathLike[str]) -> Float64Evaluator | None:
-        """Return the evaluator of a file; None where the graph is too large or uses what it does not know."""
+    def of_file(cls, path: str | os.PathLike[str], *, double: bool) -> Evaluator:
+        """Return the evaluator of a file.
+
+        Raises:
+            RuntimeUnavailableError: The graph is too large for plain numpy, or uses what it does not know.
+            VerificationError: The file cannot be read.
+        """
         model = read_model(path)
-        if macs(model) > _MAX_MACS:
-            return None
+        cost = macs(model)
+        if cost > _MAX_MACS:
+            many = "an unknown number of" if math.isinf(cost) else f"{cost:.2g}"
+            raise RuntimeUnavailableError(
+                f"the graph takes {many} multiplications a sample, more than the {_MAX_MACS:.0e} that the "
+                "ONNX reference evaluator, which is plain numpy, does within seconds"
+            )
         try:
-            return cls(model)
-        except Exception:  # noqa: BLE001 - any kind: without an anchor the verdict says so and goes on
-            return None
+            return cls(model, double=double)
+        except Exception as error:  # operators that it does not know raise several kinds
+            raise RuntimeUnavailableError(
+                f"the ONNX reference evaluator cannot load the graph: {type(error).__name__}: {error}"
+            ) from error
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs by name, floats in float64.
+        """Return the outputs by name; floats in float64 if the graph was turned into it.
 
         Raises:
             VerificationError: The evaluator failed.
         """
-        arrays = {name: _promote(tensor).cpu().numpy() for name, tensor in feeds.items()}
         try:
+            given = {name: _promote(value) if self._double else value for name, value in feeds.items()}
             with np.errstate(all="ignore"):
-                found = self._evaluator.run(None, arrays)
+                found = self._evaluator.run(None, {name: x.cpu().numpy() for name, x in given.items()})
+            pairs = zip(self._outputs, found, strict=True)
+            return {name: torch.from_numpy(np.array(value)) for name, value in pairs}
         except Exception as error:  # plain numpy code for each operator, which raises anything
-            raise VerificationError(f"the ONNX reference evaluator failed in float64: {error}") from error
-        pairs = zip(self._outputs, found, strict=True)
-        return {name: torch.from_numpy(np.array(value)) for name, value in pairs}
+            kind = " in float64" if self._double else ""
+            raise VerificationError(f"the ONNX reference evaluator failed{kind}: {error}") from error
 
 
 def _promote(tensor: Tensor) -> Tensor:

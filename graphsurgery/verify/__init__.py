@@ -7,24 +7,62 @@ its bugs. The criterion is derived in `graphsurgery.verify.compare`.
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
+from typing import overload
+
+from torch import nn
 
 from graphsurgery.verify.baseline import Baseline
 from graphsurgery.verify.inputs import CASES, Inputs
 from graphsurgery.verify.runners import OnnxRunner, Runner, TorchRunner, runner_for
-from graphsurgery.verify.verdict import Comparison, OutputVerdict, Verdict
+from graphsurgery.verify.runtimes import RUNTIMES, check_names, program_of, runtime_runner, verdict_on
+from graphsurgery.verify.verdict import Comparison, OutputVerdict, RuntimesVerdict, RuntimeVerdict, Verdict
 
 __all__ = [
     "CASES",
+    "RUNTIMES",
     "Baseline",
     "Comparison",
     "Inputs",
     "OnnxRunner",
     "OutputVerdict",
     "Runner",
+    "RuntimeVerdict",
+    "RuntimesVerdict",
     "TorchRunner",
     "Verdict",
+    "check_names",
+    "program_of",
+    "runtime_runner",
     "verify",
 ]
+
+
+@overload
+def verify(
+    reference: object,
+    candidate: object,
+    inputs: object,
+    *,
+    dynamic_batch: bool = False,
+    samples: int | None = None,
+    seed: int = 0,
+    runtimes: None = None,
+) -> Verdict: ...
+
+
+@overload
+def verify(
+    reference: object,
+    candidate: object,
+    inputs: object,
+    *,
+    dynamic_batch: bool = False,
+    samples: int | None = None,
+    seed: int = 0,
+    runtimes: Sequence[str],
+) -> RuntimesVerdict: ...
 
 
 def verify(
@@ -35,6 +73,7 @@ def verify(
     dynamic_batch: bool = False,
     samples: int | None = None,
     seed: int = 0,
+    runtimes: Sequence[str] | None = None,
 ) -> Verdict:
     """Run two programs on a battery of inputs and say whether they compute one function, up to rounding.
 
@@ -50,19 +89,40 @@ def verify(
             run.
         samples: Number of cases of the battery; None chooses 3 to 8 by the cost of one.
         seed: Seed of the battery.
+        runtimes: Where the program that is judged is run: of an ONNX file any of `reference`,
+            `onnxruntime-unoptimised`, `onnxruntime` and `openvino`, of a torch module `torch` and
+            `torch-compile`. Each has a verdict of its own, or is "not run" with the reason, which is not
+            passed. None stands for torch's eager mode, and for onnxruntime with its optimisations.
 
     Raises:
         VerificationError: A program cannot be loaded, the reference fails on the example, or there is nothing
             to compare. A difference is not raised: see `Verdict.raise_if_failed`.
-        RuntimeUnavailableError: onnxruntime has no kernel for an operator of a file.
+        RuntimeUnavailableError: onnxruntime has no kernel for an operator of a file; with `runtimes`, none of
+            them could be run.
+        ValueError: A runtime has an unknown name, or none is named.
     """
-    first, second = runner_for(reference), runner_for(candidate)
-    swapped = isinstance(first, OnnxRunner) and isinstance(second, TorchRunner)
-    if swapped:
-        first, second = second, first
+    swapped = _is_file(reference) and _is_module(candidate)
+    first, judged = (candidate, reference) if swapped else (reference, candidate)
+    if runtimes is not None:
+        check_names(runtimes)
+    # Both are loaded before the first run: a file that is missing is said at once.
+    runner = runner_for(judged) if runtimes is None else None
+    program = program_of(judged) if runtimes is not None else None
     baseline = Baseline(first, inputs, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
-    verdict = baseline.compare(second)
+    verdict: Verdict
+    if program is not None and runtimes is not None:
+        verdict = verdict_on(baseline, program, runtimes)
+    else:
+        verdict = baseline.compare(runner)
     if not swapped:
         return verdict
-    note = f"judged the other way round: the float64 anchor comes from {first.name}"
+    note = f"judged the other way round: the float64 anchor comes from {baseline.runner.name}"
     return dataclasses.replace(verdict, notes=(note, *verdict.notes))
+
+
+def _is_file(program: object) -> bool:
+    return isinstance(program, OnnxRunner | str | os.PathLike)
+
+
+def _is_module(program: object) -> bool:
+    return isinstance(program, TorchRunner | nn.Module)

@@ -225,9 +225,9 @@ class Yardstick:
         best = _Part(-1.0, 0.0, 1.0, 0.0, 0.0, (0, 0, 0))
         needed, resolutions = 0.0, []
         for run, (factor, level, floor) in enumerate(self._levels(axis)):
-            error = _slice_max(errors[run], axis)
-            if error.numel() == 0:
+            if errors[run].numel() == 0:
                 continue
+            error = _slice_max(errors[run], axis)
             excess = (error - floor).clamp_min(0.0)
             used = torch.where(excess > 0, excess / (factor * level), torch.zeros_like(excess))
             needed = max(needed, float(used.max()))
@@ -312,6 +312,8 @@ def _flat_index(error: Tensor, axis: int, case: int, channel: int) -> int:
 def _profile(values: list[Tensor]) -> Tensor:
     """Return each slice's usual share of the greatest value of its case: (slice,)."""
     stacked = torch.cat(values)
+    if stacked.numel() == 0:
+        return stacked.new_zeros(stacked.shape[1])
     greatest = stacked.amax(1, keepdim=True)
     known = greatest[:, 0] > 0
     if not bool(known.any()):

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graphsurgery.errors import GraphSurgeryError
-from graphsurgery.verify.runners import OnnxRunner, Outputs, Runner, TorchRunner
+from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError
+from graphsurgery.verify.runners import (
+    CompiledRunner,
+    OnnxRunner,
+    OnnxVariant,
+    Outputs,
+    Runner,
+    TorchRunner,
+)
 from graphsurgery.verify.verdict import Comparison, OutputVerdict, Verdict
 
 if TYPE_CHECKING:
@@ -26,6 +33,8 @@ def judge(baseline: Baseline, candidate: Runner) -> Verdict:
     for batch in baseline.batches:
         try:
             outputs = candidate.run(batch.inputs)
+        except RuntimeUnavailableError:  # not run is no finding
+            raise
         except Exception as error:  # noqa: BLE001 - a candidate that raises is a finding, whatever it raises
             text = str(error) if isinstance(error, GraphSurgeryError) else f"{type(error).__name__}: {error}"
             size = _batch_size(batch.inputs.tensors())
@@ -86,7 +95,7 @@ def _structure(baseline: Baseline, candidate: Runner, found: list[Outputs]) -> s
     wanted = [output.name for output in baseline.outputs]
     same_kind = any(
         isinstance(baseline.runner, kind) and isinstance(candidate, kind)
-        for kind in (TorchRunner, OnnxRunner)
+        for kind in ((TorchRunner, CompiledRunner), (OnnxRunner, OnnxVariant))
     )
     for run, outputs in enumerate(found):
         names = list(outputs)
@@ -141,6 +150,8 @@ def _judge_output(
         ok=True,
         reason="",
     )
+    if verdict.elements == 0:
+        return dataclasses.replace(verdict, reason="no values: only shape and dtype were compared")
     if not output.is_float:
         return _judge_integers(verdict, output, values)
     yardstick = output.yardstick

@@ -1,4 +1,4 @@
-"""What runs a program: torch in eager mode, onnxruntime.
+"""What runs a program: torch in eager mode or compiled, onnxruntime, other runtimes of ONNX graphs.
 
 A runner is anything with a `name` and `run(inputs) -> dict of output tensors`. A runner that can also be a
 reference says how to run the same program in float64 and with its data moved by a unit in the last place.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from graphsurgery.errors import VerificationError
+from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.precision import (
     Float64Mode,
@@ -29,7 +29,16 @@ from graphsurgery.verify.precision import (
     uses_low_precision,
 )
 
-__all__ = ["OnnxRunner", "Runner", "TorchRunner", "flatten_outputs", "runner_for", "structure_text"]
+__all__ = [
+    "CompiledRunner",
+    "OnnxRunner",
+    "OnnxVariant",
+    "Runner",
+    "TorchRunner",
+    "flatten_outputs",
+    "runner_for",
+    "structure_text",
+]
 
 Outputs = dict[str, Tensor]
 
@@ -133,6 +142,22 @@ class TorchRunner:
     def nudged(self, seed: int, ulps: float) -> Runner:
         """Return a runner of the module with every parameter and float buffer moved by `ulps` units."""
         return _StateRunner(f"{self.name} nudged", self._copy, nudged_state(self._copy, ulps, seed))
+
+
+class CompiledRunner:
+    """A module through `torch.compile`, in eval semantics, on a copy of its own.
+
+    Args:
+        module: The program.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.name = f"torch.compile {type(module).__name__}"
+        self._compiled: Any = torch.compile(TorchRunner(module)._copy)
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return the outputs in the module's own dtypes; the first run of a shape compiles."""
+        return _call(self._compiled, inputs)
 
 
 class _StateRunner:
@@ -273,17 +298,20 @@ class OnnxRunner:
 
     def float64(self) -> Runner | None:
         """Return a float64 runner of the graph, where it is small enough for the ONNX reference evaluator."""
-        from graphsurgery.export.evaluator import Float64Evaluator
+        from graphsurgery.export.evaluator import Evaluator
 
-        evaluator = Float64Evaluator.of_file(self.path)
-        return None if evaluator is None else _OnnxVariant(f"{self.name} in float64", evaluator, self._names)
+        try:
+            evaluator = Evaluator.of_file(self.path, double=True)
+        except RuntimeUnavailableError:
+            return None
+        return OnnxVariant(f"{self.name} in float64", evaluator, self._names)
 
     def nudged(self, seed: int, ulps: float) -> Runner | None:
         """Return a runner of the graph with every float constant moved by `ulps` units; None above 2 GB."""
         from graphsurgery.export.evaluator import nudged_session
 
         session = nudged_session(self.path, seed, ulps)
-        return None if session is None else _OnnxVariant(f"{self.name} nudged", session, self._names)
+        return None if session is None else OnnxVariant(f"{self.name} nudged", session, self._names)
 
 
 class _Graph(Protocol):
@@ -292,15 +320,22 @@ class _Graph(Protocol):
     def run(self, feeds: Mapping[str, Tensor]) -> Outputs: ...  # pragma: no cover - a protocol
 
 
-class _OnnxVariant:
-    """Runs a changed copy of an ONNX graph."""
+class OnnxVariant:
+    """Runs an ONNX graph, or a changed copy of it, on something else than onnxruntime with its defaults.
 
-    def __init__(self, name: str, graph: _Graph, names: tuple[str, ...] | None) -> None:
+    Args:
+        name: What a report calls it.
+        graph: Its inputs, and how it is run.
+        names: Names of the flat tensor inputs, as for `OnnxRunner`.
+    """
+
+    def __init__(self, name: str, graph: _Graph, names: tuple[str, ...] | None = None) -> None:
         self.name = name
         self._graph = graph
         self._names = names
 
     def run(self, inputs: Inputs) -> Outputs:
+        """Return the outputs by name."""
         return self._graph.run(match_feeds(self._graph.inputs, inputs, self._names, self.name))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from graphsurgery.errors import VerificationError
 
-__all__ = ["Comparison", "OutputVerdict", "Verdict"]
+__all__ = ["Comparison", "OutputVerdict", "RuntimeVerdict", "RuntimesVerdict", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,41 @@ class Verdict:
         lines += [f"  {output.name}: {output.reason}" for output in self.outputs]
         lines.append(f"  {len(self.cases)} cases ({', '.join(self.cases)}), anchor: {self.anchor}")
         lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RuntimeVerdict:
+    """What one runtime said of a program.
+
+    Attributes:
+        runtime: Its name, as in `graphsurgery.verify.RUNTIMES`.
+        status: "equal", "different", or "not run", which is neither.
+        reason: Why, with the figures; what keeps the runtime from being run.
+        verdict: The whole verdict; None where it was not run.
+    """
+
+    runtime: str
+    status: Literal["equal", "different", "not run"]
+    reason: str
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class RuntimesVerdict(Verdict):
+    """The verdict on one program on several runtimes.
+
+    It passes when at least one runtime ran it and none that did differs. The figures are those of the first
+    runtime that differs, else of the one that comes nearest to what is allowed.
+
+    Attributes:
+        runtimes: Each runtime that was named, in order.
+    """
+
+    runtimes: tuple[RuntimeVerdict, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        lines += [f"  on {item.runtime}: {item.status}" for item in self.runtimes if item.verdict]
+        lines += [f"  on {item.runtime}: {item.reason}" for item in self.runtimes if not item.verdict]
         return "\n".join(lines)

@@ -542,3 +542,46 @@ def test_verdict_is_plain_data_and_text() -> None:
     assert native.factor_needed <= native.factor
     assert native.resolution < 1e-4
     assert len(native.worst_index) == 2
+
+
+class Partly(nn.Module):
+    """One output without elements beside one with."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x[:, :0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_output_without_elements_is_compared_in_shape_and_dtype(dynamic: bool) -> None:
+    x = torch.randn(3, 4, generator=generator(0))
+    verdict = verify(Partly(), Partly(), x, dynamic_batch=dynamic)
+    assert verdict.ok, str(verdict)
+    assert verdict.outputs[1].elements == 0
+    assert verdict.outputs[1].native is None
+    assert verdict.outputs[1].reason == "no values: only shape and dtype were compared"
+
+    class Other(Partly):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x[:, :0].long()
+
+    assert "output '1' is int64" in verify(Partly(), Other(), x, dynamic_batch=dynamic).reason
+
+
+def test_an_output_that_has_elements_in_some_runs_only() -> None:
+    """The first run gives none: its shape depends on the values."""
+
+    class Positive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x[x[:, 0] > 5.0]
+            return y
+
+    class Wrong(Positive):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x) * 1.001
+            return y
+
+    x = torch.randn(3, 4, generator=generator(0))
+    verdict = verify(Positive(), Positive(), x)
+    assert verdict.ok, str(verdict)
+    assert verdict.outputs[0].elements > 0
+    assert not verify(Positive(), Wrong(), x).ok
