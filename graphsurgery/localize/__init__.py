@@ -96,7 +96,7 @@ def _failing(baseline: Baseline, verdict: Verdict | None) -> tuple[str, Inputs]:
 
 
 def _on(verdict: OutputVerdict, case: str) -> OutputVerdict:
-    """Return a verdict under the name of the run that it is about: its own battery called that the example."""
+    """Return a verdict under the name of the run that it is about, which it calls the example."""
     return replace(
         verdict,
         reason=verdict.reason.replace(repr(CASES[0]), repr(case)),
