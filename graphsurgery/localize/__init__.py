@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +16,7 @@ from graphsurgery.localize.result import Localization, Place, Stage
 from graphsurgery.localize.search import Found, search
 from graphsurgery.localize.stages import Chain, Step, chain_of
 from graphsurgery.localize.traces import trace_of
-from graphsurgery.verify import Baseline, Inputs, Verdict, check_names, program_of
+from graphsurgery.verify import CASES, Baseline, Inputs, OutputVerdict, Verdict, check_names, program_of
 
 __all__ = ["Localization", "Place", "Stage", "localize"]
 
@@ -86,16 +87,27 @@ def localize(
 
 
 def _failing(baseline: Baseline, verdict: Verdict | None) -> tuple[str, Inputs]:
-    """Return the case on which a candidate differs most, and the inputs of the run that it is in."""
+    """Return the run in which a candidate differs most: the cases in it, and its inputs."""
     failed = [output for output in verdict.outputs if not output.ok] if verdict else []
     sides = [side for output in failed for side in (output.native, output.float64) if side and not side.ok]
     case = sides[0].worst_case if sides else baseline.batches[0].cases[0]
     batch = next((batch for batch in baseline.batches if case in batch.cases), baseline.batches[0])
-    return case, batch.inputs
+    return ", ".join(batch.cases), batch.inputs
+
+
+def _on(verdict: OutputVerdict, case: str) -> OutputVerdict:
+    """Return a verdict under the name of the run that it is about, which it calls the example."""
+    return replace(
+        verdict,
+        reason=verdict.reason.replace(repr(CASES[0]), repr(case)),
+        native=replace(verdict.native, worst_case=case) if verdict.native else None,
+        float64=replace(verdict.float64, worst_case=case) if verdict.float64 else None,
+    )
 
 
 def _told(baseline: Baseline, chain: Chain, step: Step, found: Found, case: str) -> Localization:
-    first, error = found.first, found.error
+    first = found.first
+    error = None if found.error is None else _on(found.error, case)
     if first is None or error is None:
         reason = (
             f"{step.stage.name} differs from {baseline.runner.name}, but looked at from inside none of the "
@@ -120,7 +132,7 @@ def _told(baseline: Baseline, chain: Chain, step: Step, found: Found, case: str)
         stands_for=found.stands_for,
         among=found.among,
         error=error,
-        before=found.before,
+        before=tuple(_on(verdict, case) for verdict in found.before),
         case=case,
         values=found.values,
         compared=found.compared,

@@ -70,7 +70,7 @@ class Localization:
             may have come in at any of them.
         error: The comparison at `first`.
         before: The comparisons of the values that `first` was made of, all of which agree.
-        case: Which case of the battery was looked at.
+        case: Which case of the battery was looked at; several where they are rows of one run.
         values: Values of the candidate.
         compared: Of these, those with a counterpart in the reference.
         agreed: Of these, those that agree.

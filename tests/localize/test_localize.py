@@ -370,6 +370,36 @@ def test_the_caller_is_untouched_and_the_result_is_plain(net: Net) -> None:
         assert word in text
 
 
+def test_the_case_is_the_one_that_differs() -> None:
+    """A bias behind a ReLU that only loud inputs open."""
+
+    class Shy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.gate, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+            nn.init.constant_(self.gate.bias, -100.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(x + torch.relu(self.gate(x)))
+            return y
+
+    model = Shy().eval()
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.gate.weight[0] *= 1.5
+    found = gs.localize(model, wrong, image(3, 4))
+    assert found.case == "large"
+    assert found.module == "gate"
+    assert found.error is not None
+    assert found.error.native is not None
+    assert found.error.native.worst_case == "large"
+    assert "on 'large'" in found.reason
+    several = gs.localize(model, wrong, image(3, 4), dynamic_batch=True)
+    assert several.case.split(", ") == ["large", "zeros", "tiny", "constant", "example[1]"]
+    assert several.module == "gate"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 def test_a_runtime_named_besides_is_searched_by_halving(
     net: Net, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
