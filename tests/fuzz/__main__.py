@@ -9,9 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from fuzz.run import Summary, run
+from fuzz.run import Summary, some
 
 _CHUNK = 40
 
@@ -29,19 +28,13 @@ def main() -> int:
     last = chosen.seed + chosen.n
     print(f"seeds {chosen.seed} to {last - 1}", flush=True)
     total = Summary()
+    chunks = [
+        (range(first, min(last, first + _CHUNK)), chosen.onnx_every, chosen.shrink)
+        for first in range(chosen.seed, last, _CHUNK)
+    ]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(chosen.jobs, context, max_tasks_per_child=5) as pool:
-        waiting = {
-            pool.submit(
-                run,
-                range(first, min(last, first + _CHUNK)),
-                onnx_every=chosen.onnx_every,
-                shrink=chosen.shrink,
-            ): first
-            for first in range(chosen.seed, last, _CHUNK)
-        }
-        for future in as_completed(waiting):
-            found = future.result()
+    with context.Pool(chosen.jobs, maxtasksperchild=5) as pool:  # torch keeps memory of what it exported
+        for seeds, found in pool.imap_unordered(some, chunks):
             total.add(found)
             for seed, text in found.failures.items():
                 chosen.out.mkdir(parents=True, exist_ok=True)
@@ -50,7 +43,7 @@ def main() -> int:
                 print(f"seed {seed} fails, see {path}: {text.splitlines()[1][2:]}", flush=True)
             counts = total.counts
             print(
-                f"seeds from {waiting[future]}: {counts['networks']} of {chosen.n} networks, "
+                f"seeds {seeds.start} to {seeds.stop - 1}: {counts['networks']} of {chosen.n} networks, "
                 f"{counts['failed']} failed, {counts['not captured']} not captured",
                 flush=True,
             )

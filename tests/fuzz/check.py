@@ -62,7 +62,8 @@ class Outcome:
     """What was seen of a case that holds.
 
     Attributes:
-        captured: whether it could be captured; `reason` says why not.
+        captured: whether it could be captured.
+        reason: why it could not, or why nothing can be said of it.
         changes: kinds of the rewrites, by pass.
         worst: largest deviation in float64, in parts of what is allowed.
     """
@@ -113,6 +114,10 @@ def check(program: Program, plan: Plan) -> Outcome:
     except gs.CaptureError as error:
         _sentence(error)
         return Outcome(False, str(error))
+    except gs.VerificationError as error:
+        if "inconclusive" not in str(error):
+            raise Failed("verification", str(error)) from error
+        return Outcome(reason=str(error))  # an output of nothing but rounding, as the argmax of equal numbers
     except Exception as error:
         raise Failed("raised", f"{type(error).__name__}: {error}") from error
     outcome = Outcome(changes=[(c.pass_name, c.kind) for c in result.report.changes])

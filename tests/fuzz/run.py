@@ -23,7 +23,7 @@ class Summary:
         counts: networks, by what became of them.
         changed: networks in which a pass changed something, by the pass.
         kinds: how often each kind of operation occurred.
-        reasons: why networks were not captured, by seed.
+        reasons: why networks were not captured, or nothing could be said of them, by seed.
         failures: what failed, by seed; shrunk where that was asked for.
         worst: largest deviation, in parts of what rounding explains.
         seconds: time of the processor.
@@ -57,7 +57,7 @@ class Summary:
         lines = [f"{counts}; captured {self.captured:.1%}"]
         lines += ["changed by " + ", ".join(f"{name}: {count}" for name, count in self.changed.most_common())]
         lines += [f"largest deviation {self.worst:.2f} of what rounding explains; {self.seconds:.0f} s"]
-        lines += [f"seed {seed} not captured: {text[:200]}" for seed, text in sorted(self.reasons.items())]
+        lines += [f"seed {seed}: {text[:200]}" for seed, text in sorted(self.reasons.items())]
         return "\n".join(lines)
 
 
@@ -80,6 +80,12 @@ def run(seeds: Iterable[int], *, onnx_every: int = 30, verify_every: int = 2, sh
     return done
 
 
+def some(task: tuple[range, int, float]) -> tuple[range, Summary]:
+    """`run` for a pool of processes: seeds, `onnx_every` and `shrink`."""
+    seeds, onnx_every, shrink = task
+    return seeds, run(seeds, onnx_every=onnx_every, shrink=shrink)
+
+
 def _one(done: Summary, seed: int, plan: Plan, shrink: float) -> None:
     program = random_program(seed)
     done.counts["networks"] += 1
@@ -92,8 +98,8 @@ def _one(done: Summary, seed: int, plan: Plan, shrink: float) -> None:
         done.counts["failed"] += 1
         done.failures[seed] = told(seed, program, plan, error, shrink)
         return
-    if not outcome.captured:
-        done.counts["not captured"] += 1
+    if outcome.reason:
+        done.counts["inconclusive" if outcome.captured else "not captured"] += 1
         done.reasons[seed] = outcome.reason
         return
     done.counts["changed"] += bool(outcome.changes)
