@@ -65,7 +65,7 @@ class Saboteur:
     # -- tensors
 
     def slots(self, slots: dict[str, Tensor], channel: int = 0) -> dict[str, Tensor] | None:
-        """Spoilt weights; None where the mutation does not apply. `channel` is the dimension of the outputs."""
+        """Spoilt weights; None where the mutation does not apply. `channel` is the axis of the outputs."""
         name = next((slot for slot in ("weight", "scale", "shift", "bias") if slot in slots), None)
         if name is None:
             return None
@@ -156,7 +156,9 @@ class Saboteur:
 
 def _is_constant(node: fx.Node) -> bool:
     reads = node.all_input_nodes
-    return node.op == "get_attr" or (bool(reads) and node.op == "call_function" and all(map(_is_constant, reads)))
+    return node.op == "get_attr" or (
+        bool(reads) and node.op == "call_function" and all(map(_is_constant, reads))
+    )
 
 
 def _value(gm: fx.GraphModule, node: Any) -> Tensor:
