@@ -9,7 +9,7 @@ CODE   := graphsurgery tests examples benchmarks
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types examples bench sweep wheel clean
+.PHONY: help install demo test lint format types examples bench sweep fuzz mutations wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -46,6 +46,14 @@ bench: $(STAMP) ## Run the benchmarks (ratios; nothing is asserted)
 
 sweep: $(STAMP) ## Run the long searches over random networks and zoos
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m sweep $(ARGS)
+
+N ?= 2000
+SEED ?= 0
+fuzz: $(STAMP) ## Run N random networks from SEED on through everything; failing ones go to out/fuzz
+	$(ONE_THREAD) $(BIN)/python -W ignore -m tests.fuzz --n $(N) --seed $(SEED) --jobs $(JOBS)
+
+mutations: $(STAMP) ## Print which comparison sees what of changes that were made wrong
+	$(ONE_THREAD) $(BIN)/python -W ignore -m tests.fuzz.mutations $(ARGS)
 
 wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

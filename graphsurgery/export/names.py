@@ -50,8 +50,9 @@ def name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
         values = [*model.graph.inputs, *model.graph.outputs]
         values += [out for node in model.graph.all_nodes() for out in node.outputs]
         for value in {id(value): value for value in values}.values():
-            for axis, dim in enumerate(value.shape or ()):
+            shape = None if value.shape is None else value.shape.copy()  # some are frozen: of unbind's pieces
+            for axis, dim in enumerate(shape or ()):
                 if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
-                    text = pattern.sub(lambda found: names[found[0]], dim.value)
-                    value.shape[axis] = text  # type: ignore[index]
+                    shape[axis] = pattern.sub(lambda found: names[found[0]], dim.value)  # type: ignore[index]
+            value.shape = shape
     return batch is not None

@@ -261,3 +261,17 @@ def test_no_source_path_is_in_the_file(tmp_path: Path) -> None:
     assert b"pkg.torch" not in file.read_bytes()
     assert os.fsencode(__file__) not in file.read_bytes()
     assert b"def forward" not in file.read_bytes()
+
+
+class Unbound(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.relu(image.unbind(1)[0])
+
+
+def test_the_batch_is_named_in_shapes_that_the_translation_has_frozen(tmp_path: Path) -> None:
+    """torch's exporter freezes the shapes of the pieces of an unbind."""
+    export_onnx(Unbound().eval(), Info((image(),)), tmp_path / "out.onnx")
+    model = load_model(tmp_path / "out.onnx")
+    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    free = {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim} - {""}
+    assert free == {"batch"}

@@ -1,0 +1,1 @@
+"""Random small networks: generated as data, run through the whole library, shrunk where one fails."""
