@@ -75,6 +75,7 @@ class Baseline:
         seed: Seed of the battery.
         refused_batches: Of the batch sizes 1 to 16 those not to run, as the candidates do not take them.
         batch_axes: Which sizes change with the batch, and how, see `graphsurgery.verify.inputs.battery`.
+        draws: How many nudged runs measure the noise; None chooses 1 to 6 by the cost of one.
 
     Attributes:
         outputs: The reference's outputs in order.
@@ -97,6 +98,7 @@ class Baseline:
         seed: int = 0,
         refused_batches: Collection[int] = (),
         batch_axes: Sequence[tuple[int, int, int, int]] | None = None,
+        draws: int | None = None,
     ) -> None:
         self.runner = runner_for(reference)
         self.seed = seed
@@ -121,7 +123,7 @@ class Baseline:
         if samples is None:
             samples = samples_for(flops)
         self.full = samples >= len(CASES)
-        self.draws = max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
+        self.draws = draws or max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
         self.batches, native = self._run_native(runs(samples=samples), answer)
         self.double = isinstance(self.runner, TorchRunner) and self.runner.is_double(example)
         exact = self._run_exact(native)
