@@ -313,7 +313,7 @@ def layer_scale(d: Draft, x: Tensor) -> str:
 def nothing(d: Draft, x: Tensor) -> str:
     floating(x)
     text = ["nn.Dropout(0.3)", "nn.Identity()", ".contiguous()", ".clone()", ".detach()", " * 1", " + 0"]
-    which = d.choice("which", [*text, ".to({0}.dtype)", ".type_as({0})"])
+    which = d.choice("which", [*text, " - 0", " / 1"])
     return d.layer(which) + "({0})" if which.startswith("nn") else "{0}" + which
 
 

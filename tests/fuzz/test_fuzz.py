@@ -51,8 +51,9 @@ def test_random_networks_are_captured_and_changed() -> None:
     print(found)
     assert found.captured > 0.95, found.reasons
     assert found.counts["changed"] >= 0.4 * len(SEEDS), found
-    assert found.counts["on onnxruntime"] >= 2
-    assert {"fold-affine", "fold-norm-affine", "commute-pointwise", "merge-siblings"} <= set(found.changed)
+    assert found.counts["on onnxruntime"] >= 1
+    assert found.changed["fold-affine"] >= 0.25 * len(SEEDS), found
+    assert len(found.changed) >= 4, found.changed
 
 
 # -- the generator ------------------------------------------------------------------------------------------
