@@ -6,8 +6,9 @@ Like `verify` it imports nothing of passes, the affine engine or rewriting.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from graphsurgery.localize.result import Localization, Place, Stage
 from graphsurgery.localize.search import Found, search
 from graphsurgery.localize.stages import Chain, Step, chain_of
 from graphsurgery.localize.traces import trace_of
-from graphsurgery.verify import Baseline, Inputs, Verdict, check_names, program_of
+from graphsurgery.verify import Baseline, Data, Inputs, Verdict, baseline_for, check_names, program_of
 
 __all__ = ["Localization", "Place", "Stage", "localize"]
 
@@ -30,6 +31,9 @@ def localize(
     dynamic_batch: bool = False,
     samples: int | None = None,
     seed: int = 0,
+    data: Data | Iterable[Any] | None = None,
+    data_limit: int | None = None,
+    free_sizes: Mapping[Any, Mapping[int, Any]] | None = None,
 ) -> Localization:
     """Find the first value inside of a program that differs from a reference by more than rounding.
 
@@ -50,6 +54,9 @@ def localize(
         dynamic_batch: As for `verify`.
         samples: As for `verify`.
         seed: As for `verify`.
+        data: As for `verify`.
+        data_limit: As for `verify`.
+        free_sizes: As for `verify`.
 
     Raises:
         CaptureError: A module cannot be captured.
@@ -62,7 +69,17 @@ def localize(
     first, last = program_of(reference), program_of(candidate)
     if isinstance(first, Path) and isinstance(last, nn.Module) and not between:
         first, last = last, first  # as in `verify`: only a torch module gives an anchor at any size
-    baseline = Baseline(first, inputs, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
+    baseline = baseline_for(
+        first,
+        last,
+        inputs,
+        dynamic_batch=dynamic_batch,
+        samples=samples,
+        seed=seed,
+        data=data,
+        data_limit=data_limit,
+        free_sizes=free_sizes,
+    )
     chain = chain_of(baseline, [*(program_of(program) for program in between), last], runtimes)
     step = chain.departs
     if step is None:

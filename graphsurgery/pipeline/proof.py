@@ -20,7 +20,7 @@ from graphsurgery.graph import capture_info
 from graphsurgery.report import PassCheck
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import CheckResult, Event, ManagerResult, Pass, PassFailure, PassManager, Step
-from graphsurgery.verify import Baseline, Inputs, Verdict
+from graphsurgery.verify import Baseline, Data, Inputs, Verdict, accepted_by, free_axes
 
 __all__ = ["Proof"]
 
@@ -63,12 +63,14 @@ class Proof:
         original: nn.Module | ExportedProgram,
         captured: fx.GraphModule,
         on_event: Callable[[Event], None] | None = None,
+        data: Data | None = None,
     ) -> None:
         self.original = original
         self.captured = captured
         self.info = capture_info(captured)
         self.pass_checks: list[PassCheck] = []
         self._on_event = on_event
+        self._data = data
         self._baselines: dict[tuple[int, ...], Baseline] = {}
 
     @property
@@ -101,6 +103,9 @@ class Proof:
                 dynamic_batch=self.info.dynamic_batch,
                 refused_batches=self.info.refused_batches,
                 batch_axes=self.info.batch_axes,
+                data=self._data,
+                size_axes=free_axes(self.example, [self.captured]),
+                accepts=accepted_by([self.captured]),
             )
             self._baselines[axes] = made
         return self._baselines[axes]

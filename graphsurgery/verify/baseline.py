@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from graphsurgery.verify.compare import (
     Yardstick,
     canonical,
 )
-from graphsurgery.verify.inputs import CASES, Batch, as_inputs, battery, samples_for
+from graphsurgery.verify.data import Data
+from graphsurgery.verify.extra import Extra
+from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, batch_size, battery, samples_for
 from graphsurgery.verify.judge import judge
 from graphsurgery.verify.precision import nudge_inputs
 from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, TorchRunner, runner_for
+from graphsurgery.verify.sizes import SizeAxes
 from graphsurgery.verify.verdict import Verdict
 
 __all__ = ["Baseline", "Output"]
@@ -75,10 +79,16 @@ class Baseline:
         seed: Seed of the battery.
         refused_batches: Of the batch sizes 1 to 16 those not to run, as the candidates do not take them.
         batch_axes: Which sizes change with the batch, and how, see `graphsurgery.verify.inputs.battery`.
+        data: The caller's own inputs, run beside the battery: an iterable of such as `inputs`.
+        data_limit: The greatest number of samples of it; None chooses 8 to 256 by the cost of one.
+        size_axes: Other sizes that are free, by name, see `graphsurgery.verify.sizes`; runs at two or three
+            other values are made of what the reference takes.
+        accepts: Whether the candidates take inputs of these sizes; None for all.
 
     Attributes:
         outputs: The reference's outputs in order.
         batches: The runs that the reference answered.
+        data_samples: Samples of the caller's data among them.
         anchor: What the errors are measured against, in words.
         structure: What a torch reference returns on the example, in words; None of any other runner.
         notes: Sentences for the verdict.
@@ -97,6 +107,10 @@ class Baseline:
         seed: int = 0,
         refused_batches: Collection[int] = (),
         batch_axes: Sequence[tuple[int, int, int, int]] | None = None,
+        data: Data | Iterable[Any] | None = None,
+        data_limit: int | None = None,
+        size_axes: SizeAxes | None = None,
+        accepts: Callable[[Inputs], bool] | None = None,
     ) -> None:
         self.runner = runner_for(reference)
         self.seed = seed
@@ -115,6 +129,9 @@ class Baseline:
             refused=refused_batches,
             axes=batch_axes,
         )
+        read = data if data is None or isinstance(data, Data) else Data(data, data_limit)
+        if read is not None:
+            read.check(example)
         first = runs(samples=1)[0]
         flops, answer = self._run_first(first)
         self.structure = self.runner.structure if isinstance(self.runner, TorchRunner) else None
@@ -123,6 +140,22 @@ class Baseline:
         self.full = samples >= len(CASES)
         self.draws = max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
         self.batches, native = self._run_native(runs(samples=samples), answer)
+        extra = Extra(self.runner, example, accepts)
+        if size_axes:
+            extra.at_other_sizes(size_axes, seed)
+        self.data_samples: int | None = None
+        if read is not None:
+            self.data_samples = extra.on_data(
+                read,
+                flops / max(1, batch_size(first.inputs) or 1),
+                dynamic_batch=dynamic_batch,
+                refused=refused_batches,
+                batch_axes=batch_axes,
+                size_axes=size_axes,
+            )
+        self.batches += [batch for batch, _ in extra.answers]
+        native += [outputs for _, outputs in extra.answers]
+        self.notes += extra.notes
         self.double = isinstance(self.runner, TorchRunner) and self.runner.is_double(example)
         exact = self._run_exact(native)
         self.outputs = self._outputs(native, exact)
