@@ -24,7 +24,7 @@ from graphsurgery.verify.extra import Extra
 from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, batch_size, battery, samples_for
 from graphsurgery.verify.judge import judge
 from graphsurgery.verify.precision import nudge_inputs
-from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, TorchRunner, runner_for
+from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, Runner, TorchRunner, runner_for
 from graphsurgery.verify.sizes import SizeAxes
 from graphsurgery.verify.verdict import Verdict
 
@@ -36,6 +36,16 @@ _DECISION_ULPS = 16.0
 """How far the data are moved to find the integers that hang on rounding (an argmax near a tie)."""
 
 _SEED_OF_NOISE = 7919
+
+
+def _cause_of_nan(runner: Runner) -> str:
+    """Return what to do about outputs that are all NaN: the first parameter that is not finite, if any is."""
+    module = runner.module if isinstance(runner, TorchRunner) else None
+    for name, tensor in module.named_parameters() if module is not None else ():
+        for found, kind in ((tensor.isnan(), "NaN"), (tensor.isinf(), "infinite")):
+            if bool(found.any()):
+                return f"{int(found.sum())} of {tensor.numel()} values of {name!r} are {kind}: load sound weights"
+    return "look for NaN or infinities in its weights or in the example"
 
 
 @dataclass
@@ -177,12 +187,15 @@ class Baseline:
     def _run_first(self, first: Batch) -> tuple[float, Outputs]:
         """Run the example alone, and count the floating-point operations that it takes."""
         if isinstance(self.runner, OnnxRunner):
-            return self.runner.flops(), self._try_example(lambda: self.runner.run(first.inputs))
+            return self.runner.flops(), self._try_example(lambda: self.runner.run(first.inputs), first.inputs)
         with FlopCounterMode(display=False) as counter:
-            outputs = self._try_example(lambda: self.runner.run(first.inputs))
+            outputs = self._try_example(lambda: self.runner.run(first.inputs), first.inputs)
         return float(counter.get_total_flops()), outputs
 
-    def _try_example(self, run: Callable[[], Outputs]) -> Outputs:
+    def _try_example(self, run: Callable[[], Outputs], example: Inputs) -> Outputs:
+        shapes = ", ".join(
+            f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in example.tensors()
+        )
         try:
             return run()
         except GraphSurgeryError:
@@ -190,7 +203,7 @@ class Baseline:
         except Exception as error:  # the caller's forward may raise anything
             raise VerificationError(
                 f"{self.runner.name} raised on the example inputs, so there is nothing to compare with: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; the inputs were {shapes}, pass such as the model takes"
             ) from error
 
     def _run_native(self, batches: tuple[Batch, ...], answer: Outputs) -> tuple[list[Batch], list[Outputs]]:
@@ -349,5 +362,5 @@ class Baseline:
         if all(bool(value.isnan().all()) for output in self.outputs for value in output.native):
             raise VerificationError(
                 f"every output of {self.runner.name} is NaN on every input, so nothing can be compared; "
-                "look for NaN in its weights or in the example"
+                f"{_cause_of_nan(self.runner)}"
             )

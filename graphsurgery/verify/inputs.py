@@ -283,8 +283,9 @@ def _fill(like: Tensor, example: Tensor, case: str, generator: torch.Generator) 
 def _fill_integers(like: Tensor, example: Tensor, case: str, generator: torch.Generator) -> Tensor:
     if case not in _NOISE_CASES or example.numel() == 0:
         return like
-    low, high = int(example.min()), int(example.max())
-    drawn = torch.randint(low, high + 1, like.shape, generator=generator, dtype=torch.int64)
+    low = int(example.min())
+    high = min(int(example.max()), torch.iinfo(torch.int64).max - 1)  # the bound of randint is one more
+    drawn = torch.randint(min(low, high), high + 1, like.shape, generator=generator, dtype=torch.int64)
     return drawn.to(device=like.device, dtype=like.dtype)
 
 

@@ -19,10 +19,8 @@ from graphsurgery.verify.inputs import Inputs
 __all__ = [
     "Float64Mode",
     "Nudger",
-    "TurnedMode",
     "copy_module",
     "float64_state",
-    "is_large",
     "nudge_inputs",
     "nudged_state",
     "state_of",
@@ -196,56 +194,6 @@ def stored_state(module: nn.Module, seed: int) -> dict[str, Tensor]:
     wide = float64_state(module)
     units = {name: torch.finfo(tensor.dtype).eps for name, tensor in state_of(module).items()}
     return {name: nudger(tensor, units[name]) for name, tensor in wide.items()}
-
-
-LARGE_BYTES = 2**28
-"""Modules of more bytes than this are not held a second time in another precision or with moved weights:
-each weight is turned when a call reads it, and let go. That takes longer than to turn all of them once."""
-
-
-def is_large(module: nn.Module) -> bool:
-    """Return whether the float parameters and buffers take more than `LARGE_BYTES`."""
-    return sum(t.numel() * t.element_size() for t in state_of(module).values()) > LARGE_BYTES
-
-
-class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Turns the parameters of a module when a call reads them, so that one layer at a time is held twice.
-
-    Args:
-        module: The module whose parameters and float buffers are turned.
-        ulps: How far each is moved, in units in the last place of its dtype; the same way each time.
-        seed: Seed of the movement.
-        double: Whether they are turned into float64 first.
-    """
-
-    def __init__(self, module: nn.Module, ulps: float, seed: int, *, double: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._double = double
-        self._nudger = Nudger(seed, ulps)
-        state = state_of(module)
-        names = dict((*module.named_parameters(), *module.named_buffers()))
-        # By the object: views that a forward makes of a parameter are made of what was turned already.
-        self._offsets = {id(names[name]): self._nudger.offset(tensor) for name, tensor in state.items()}
-        self._kept = names  # an id holds only as long as its object lives
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[Any],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = pytree.tree_map(self._turn, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def _turn(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or id(value) not in self._offsets:
-            return value
-        offset = self._offsets[id(value)]
-        if not self._double:
-            return self._nudger.moved(value, offset, None)
-        unit = torch.finfo(value.dtype).eps
-        return self._nudger.moved(value.detach().to(_TO_DOUBLE.get(value.dtype)), offset, unit)
 
 
 def nudge_inputs(inputs: Inputs, ulps: float, seed: int) -> Inputs:

@@ -7,8 +7,7 @@ reference says how to run the same program in float64 and with its data moved by
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,13 +18,12 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.verify.inputs import Inputs
+from graphsurgery.verify.large import LargeRunner, is_large
 from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
-    TurnedMode,
     copy_module,
     float64_state,
-    is_large,
     nudged_state,
     stored_state,
     to_float64,
@@ -134,24 +132,39 @@ class TorchRunner:
         return not uses_low_precision(self._copy, inputs)
 
     def float64(self) -> Runner:
-        """Return a runner of the module cast to float64; a large one is cast layer by layer."""
-        if is_large(self._copy):
-            return _LargeRunner(f"{self.name} in float64", self._copy, double=True)
-        return _Float64Runner(f"{self.name} in float64", self._copy, float64_state(self._copy))
+        """Return a runner of the module cast to float64."""
+        name = f"{self.name} in float64"
+
+        def whole() -> Runner:
+            return _Float64Runner(name, self._copy, float64_state(self._copy))
+
+        return self._runner(name, whole, True, None)
 
     def float64_stored(self, seed: int) -> Runner:
         """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
-        if is_large(self._copy):
-            name = f"{self.name} in float64, rounded"
-            return _LargeRunner(name, self._copy, double=True, moved=(0.5, seed))
-        state = stored_state(self._copy, seed)
-        return _Float64Runner(f"{self.name} in float64, rounded", self._copy, state, Nudger(seed, 0.5))
+        name = f"{self.name} in float64, rounded"
+
+        def whole() -> Runner:
+            return _Float64Runner(name, self._copy, stored_state(self._copy, seed), Nudger(seed, 0.5))
+
+        return self._runner(name, whole, True, (0.5, seed))
 
     def nudged(self, seed: int, ulps: float) -> Runner:
         """Return a runner of the module with every parameter and float buffer moved by `ulps` units."""
+        name = f"{self.name} nudged"
+
+        def whole() -> Runner:
+            return _StateRunner(name, self._copy, nudged_state(self._copy, ulps, seed))
+
+        return self._runner(name, whole, False, (ulps, seed))
+
+    def _runner(
+        self, name: str, whole: Callable[[], Runner], double: bool, moved: tuple[float, int] | None
+    ) -> Runner:
+        """Return the runner with all weights turned at once, for a large module layer by layer."""
         if is_large(self._copy):
-            return _LargeRunner(f"{self.name} nudged", self._copy, double=False, moved=(ulps, seed))
-        return _StateRunner(f"{self.name} nudged", self._copy, nudged_state(self._copy, ulps, seed))
+            return LargeRunner(name, whole, self._copy, _call, double, moved)
+        return whole()
 
 
 class CompiledRunner:
@@ -194,41 +207,6 @@ class _Float64Runner(_StateRunner):
     def run(self, inputs: Inputs) -> Outputs:
         with Float64Mode(self._nudger):
             return _call(self._module, to_float64(inputs), self._state)
-
-
-class _LargeRunner:
-    """Runs a module that is ours alone with its parameters turned as they are read, none held in between.
-
-    A forward that looks at the dtype of a parameter itself (the recurrent layers of torch do) is run with all
-    of them turned at once, as a small one.
-    """
-
-    def __init__(
-        self, name: str, module: nn.Module, *, double: bool, moved: tuple[float, int] | None = None
-    ) -> None:
-        self.name = name
-        self._module = module
-        self._double = double
-        self._moved = moved
-
-    def run(self, inputs: Inputs) -> Outputs:
-        with ExitStack() as modes:
-            if self._double:
-                modes.enter_context(Float64Mode(Nudger(self._moved[1], 0.5) if self._moved else None))
-            if self._moved:  # entered last, it sees each call first
-                modes.enter_context(TurnedMode(self._module, *self._moved, double=self._double))
-            try:
-                return _call(self._module, to_float64(inputs) if self._double else inputs)
-            except Exception:
-                if not self._double:
-                    raise
-        return self._whole().run(inputs)
-
-    def _whole(self) -> Runner:
-        if self._moved is None:
-            return _Float64Runner(self.name, self._module, float64_state(self._module))
-        state = stored_state(self._module, self._moved[1])
-        return _Float64Runner(self.name, self._module, state, Nudger(self._moved[1], 0.5))
 
 
 def _call(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None = None) -> Outputs:
