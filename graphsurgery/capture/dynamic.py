@@ -108,8 +108,8 @@ def of_one(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> str | None:
     if not ones:
         return None
     return (
-        f"{', '.join(dict.fromkeys(ones))} should be free and is 1 in the example, which torch.export takes for "
-        "a constant; pass an example in which it is 2 or more"
+        f"{', '.join(dict.fromkeys(ones))} should be free and is 1 in the example, which torch.export takes "
+        "for a constant; pass an example in which it is 2 or more"
     )
 
 

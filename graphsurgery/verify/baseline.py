@@ -44,7 +44,8 @@ def _cause_of_nan(runner: Runner) -> str:
     for name, tensor in module.named_parameters() if module is not None else ():
         for found, kind in ((tensor.isnan(), "NaN"), (tensor.isinf(), "infinite")):
             if bool(found.any()):
-                return f"{int(found.sum())} of {tensor.numel()} values of {name!r} are {kind}: load sound weights"
+                many = f"{int(found.sum())} of {tensor.numel()} values of {name!r}"
+                return f"{many} are {kind}: load sound weights"
     return "look for NaN or infinities in its weights or in the example"
 
 

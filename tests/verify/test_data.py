@@ -50,21 +50,24 @@ def test_data_find_what_the_battery_does_not(dynamic: bool) -> None:
     kwargs: dict[str, Any] = {"dynamic_batch": dynamic}
     assert gs.verify(Gate(1.0), Gate(1.01), example, **kwargs).ok
     verdict = gs.verify(Gate(1.0), Gate(1.01), example, data=[rare()], **kwargs)
-    assert not verdict.ok and "data[" in verdict.reason
+    assert not verdict.ok
+    assert "data[" in verdict.reason
     assert verdict.data_samples == 3
     assert gs.verify(Gate(1.0), Gate(1.0), example, data=[rare()], **kwargs).ok
 
 
 def test_localize_looks_at_the_data() -> None:
     found = gs.localize(Gate(1.0), Gate(1.01), numbers(2, 6), data=[rare()])
-    assert found.found and found.first is not None
+    assert found.found
+    assert found.first is not None
     assert not gs.localize(Gate(1.0), Gate(1.01), numbers(2, 6)).found
 
 
 def test_a_loader_with_labels_says_what_it_left_out() -> None:
     loader = DataLoader(TensorDataset(numbers(11, 6), torch.arange(11)), batch_size=4)
     verdict = gs.verify(net(), net(), numbers(2, 6), data=loader)
-    assert verdict.ok and verdict.data_samples == 11
+    assert verdict.ok
+    assert verdict.data_samples == 11
     assert any("left out as a label" in note for note in verdict.notes)
     assert "11 samples" in str(verdict)
 
@@ -77,7 +80,8 @@ def test_mappings_leave_out_other_keys_and_say_so() -> None:
     example = {"a": numbers(2, 3), "b": numbers(2, 3, seed=6)}
     items = [{"b": numbers(4, 3), "labels": torch.arange(4), "a": numbers(4, 3, seed=9)}]
     verdict = gs.verify(Named(), Named(), example, data=items)
-    assert verdict.ok and verdict.data_samples == 4
+    assert verdict.ok
+    assert verdict.data_samples == 4
     assert any("labels was left out" in note for note in verdict.notes)
 
 
@@ -170,7 +174,7 @@ def test_data_that_the_reference_declines_altogether_are_an_error() -> None:
             return x * 2
 
     example, large = numbers(2, 6), numbers(2, 6).abs() * 1e7
-    with pytest.raises(gs.VerificationError, match="none of the data could be run.*too large"):
+    with pytest.raises(gs.VerificationError, match=r"none of the data could be run.*too large"):
         gs.verify(Picky(), Picky(), example, data=[large])
     verdict = gs.verify(Picky(), Picky(), example, data=[example, large])
     assert verdict.data_samples == 2
@@ -179,10 +183,12 @@ def test_data_that_the_reference_declines_altogether_are_an_error() -> None:
 
 def test_optimize_compares_on_the_data_and_reports_how_many() -> None:
     result = gs.optimize(net(), numbers(2, 6), data=iter([(numbers(5, 6), torch.arange(5))]))
-    assert result.report.verification is not None and result.report.verification.ok
+    assert result.report.verification is not None
+    assert result.report.verification.ok
     assert result.report.verification.data_samples == 5
     again = gs.Report.from_json(result.report.to_json())
-    assert again.verification is not None and again.verification.data_samples == 5
+    assert again.verification is not None
+    assert again.verification.data_samples == 5
 
 
 def test_optimize_refuses_data_that_do_not_fit_before_the_passes() -> None:

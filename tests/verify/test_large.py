@@ -44,7 +44,8 @@ def test_layer_by_layer_gives_the_same_bits(recurrent: bool, monkeypatch: pytest
     whole = answers()
     monkeypatch.setattr(large, "LARGE_BYTES", 0)
     for wanted, found in zip(whole, answers(), strict=True):
-        assert wanted.dtype == found.dtype and torch.equal(wanted, found)
+        assert wanted.dtype == found.dtype
+        assert torch.equal(wanted, found)
     assert not torch.equal(whole[1], runner.run(call)["output"])  # the weights were moved indeed
 
 

@@ -50,19 +50,23 @@ def test_smaller_larger_and_mixed_sizes_are_run_and_named() -> None:
 def test_a_difference_at_other_sizes_alone_is_found() -> None:
     assert gs.verify(Net(), Net(trap=13), picture()).ok
     verdict = gs.verify(Net(), Net(trap=13), picture(), free_sizes=FREE)
-    assert not verdict.ok and "height=15" in verdict.reason
+    assert not verdict.ok
+    assert "height=15" in verdict.reason
 
 
 def test_a_size_at_which_only_the_candidate_fails_is_a_failure() -> None:
     verdict = gs.verify(Net(), Net(trap=7), picture(), free_sizes=FREE)
-    assert not verdict.ok and "height=7" in verdict.reason and "cannot" in verdict.reason
+    assert not verdict.ok
+    assert "height=7" in verdict.reason
+    assert "cannot" in verdict.reason
 
 
 def test_sizes_that_the_reference_refuses_are_notes_and_others_are_found() -> None:
     verdict = gs.verify(Net(multiple=4), Net(multiple=4), picture(16, 8), free_sizes=FREE)
     assert verdict.ok
     assert verdict.sizes == ("height=8, width=4", "height=32, width=16", "height=32, width=4")
-    assert any("declined" in note and "multiples of 4" in note for note in verdict.notes)
+    assert any("declined" in note
+    assert "multiples of 4" in note for note in verdict.notes)
 
 
 def test_tokens_and_mask_keep_one_length() -> None:
@@ -73,7 +77,8 @@ def test_tokens_and_mask_keep_one_length() -> None:
         for batch in slot:
             leaves = batch.inputs.leaves()
             assert leaves[0].shape == leaves[1].shape != ids.shape
-            assert leaves[0].dtype == torch.int64 and bool(leaves[1].all())
+            assert leaves[0].dtype == torch.int64
+            assert bool(leaves[1].all())
 
 
 @pytest.mark.parametrize(
@@ -118,9 +123,11 @@ def test_optimize_and_its_onnx_file_are_run_at_the_sizes_that_are_free(tmp_path:
     assert result.report.verification is not None
     assert result.report.verification.sizes == ("h=7, w=7", "h=15, w=13", "h=15, w=7")
     done = result.export_onnx(tmp_path / "net.onnx")
-    assert done.verdict is not None and len(done.verdict.sizes) == 3
+    assert done.verdict is not None
+    assert len(done.verdict.sizes) == 3
     verdict = gs.verify(Pooled().eval(), tmp_path / "net.onnx", picture())
-    assert verdict.ok and len(verdict.sizes) == 3
+    assert verdict.ok
+    assert len(verdict.sizes) == 3
 
 
 def test_sizes_that_the_graph_does_not_hold_for_are_left_out() -> None:
@@ -131,5 +138,6 @@ def test_sizes_that_the_graph_does_not_hold_for_are_left_out() -> None:
     example = torch.randn(2, 12, generator=torch.Generator().manual_seed(5))
     result = gs.optimize(Halved(), example, dynamic_shapes=({1: Dim.AUTO},))
     verdict = result.report.verification
-    assert verdict is not None and verdict.ok
+    assert verdict is not None
+    assert verdict.ok
     assert all(int(text.split("=")[1]) % 2 == 0 for text in verdict.sizes)
