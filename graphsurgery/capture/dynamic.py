@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
-__all__ = ["check_dynamic_shapes", "explain", "given_sizes"]
+__all__ = ["check_dynamic_shapes", "explain", "given_sizes", "of_one"]
 
 _SPECIALIZED = re.compile(
     r"You marked (.+?) as dynamic but your code specialized it to be a constant \((\d+)\)"
@@ -92,6 +92,25 @@ def _check_axes(name: str, tensor: torch.Tensor, axes: Mapping[Any, Any]) -> Non
                 f"dynamic_shapes has {called} of {limit} for {what}, which is {found} in the example; pass "
                 "an example within the range, or widen it."
             )
+
+
+def of_one(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> str | None:
+    """Return, where sizes that should be free are 1 in the example, a clause that says so; or None.
+
+    torch.export takes a size of 1 for a constant, whatever the model does with it.
+    """
+    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+    ones = [
+        f"{size.__name__!r}" if isinstance(size, Dim) else f"axis {axis} of input {index}"
+        for (index, axis), size in given_sizes(model, inputs, dynamic_shapes).items()
+        if isinstance(leaves[index], torch.Tensor) and leaves[index].shape[axis] == 1
+    ]
+    if not ones:
+        return None
+    return (
+        f"{', '.join(dict.fromkeys(ones))} should be free and is 1 in the example, which torch.export takes "
+        "for a constant; pass an example in which it is 2 or more"
+    )
 
 
 def explain(error: BaseException) -> str | None:

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
-from graphsurgery.capture.dynamic import check_dynamic_shapes, explain
+from graphsurgery.capture.dynamic import check_dynamic_shapes, explain, of_one
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
@@ -156,7 +156,13 @@ def export_model(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Expor
     """
     if dynamic_shapes is not None:
         check_dynamic_shapes(model, inputs, dynamic_shapes)
-        program = _export_or_refuse(model, inputs, dynamic_shapes)
+        try:
+            program = _export_or_refuse(model, inputs, dynamic_shapes)
+        except CaptureError as error:
+            one = of_one(model, inputs, dynamic_shapes)
+            if one is None:
+                raise
+            raise CaptureError(f"{type(model).__name__} cannot be captured: {one}.") from error
         return Exported(program, dynamic=bool(free_carriers(program, inputs.carriers()[:1])), notes=())
     carriers = inputs.carriers()
     reason = "no input has a batch dimension"

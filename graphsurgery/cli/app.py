@@ -51,6 +51,18 @@ Inputs = Annotated[
         help="One input of the model, as 1x3x224x224, 1x16:int64 or name=1x16:int64; repeat for more.",
     ),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE.npz|FOLDER",
+        help="Compare on these inputs too: arrays (or .npy files) called as the inputs, axis 0 = samples.",
+    ),
+]
+DataLimit = Annotated[
+    int | None,
+    typer.Option("--data-limit", metavar="N", min=1, help="Run at most N samples of the data."),
+]
 RUNTIMES = ", ".join(gs.RUNTIMES)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
@@ -138,6 +150,8 @@ def optimize(
     verify: Annotated[
         VerifyMode, typer.Option("--verify", help="When to compare with the original.")
     ] = VerifyMode.FINAL,
+    data: Data = None,
+    data_limit: DataLimit = None,
     as_json: Json = False,
 ) -> int:
     """Fold MODEL, verify the result, and write it as ONNX."""
@@ -151,6 +165,8 @@ def optimize(
             save,
             report,
             tuple(options or ()),
+            data,
+            data_limit,
         ),
         ERR,
     )
@@ -176,13 +192,24 @@ def verify(
     locate: Annotated[
         bool, typer.Option("--locate/--no-locate", help="Find the first value that differs, if any.")
     ] = True,
+    data: Data = None,
+    data_limit: DataLimit = None,
     as_json: Json = False,
 ) -> int:
     """Tell whether A and B compute the same function, up to rounding.
 
     Exit code 0: equal; 1: different; 2: they could not be compared.
     """
-    found = run.verify(reference, candidate, list(inputs or ()), list(runtimes or ()), ERR, locate=locate)
+    found = run.verify(
+        reference,
+        candidate,
+        list(inputs or ()),
+        list(runtimes or ()),
+        ERR,
+        locate=locate,
+        data=data,
+        data_limit=data_limit,
+    )
     if as_json:
         typer.echo(run.verdict_json(found))
     else:

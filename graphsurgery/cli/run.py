@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import graphsurgery as gs
+from graphsurgery.cli.data import read_data
 from graphsurgery.cli.errors import UsageError, first_line, nearest
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
@@ -48,6 +49,8 @@ class Request:
         save: Where the exported program goes.
         report: Where the JSON report goes.
         options: The `--option` options.
+        data: The user's own data, an `.npz` file or a folder of `.npy` files.
+        data_limit: How many samples of it are run at most.
     """
 
     model: str
@@ -58,6 +61,8 @@ class Request:
     save: Path | None
     report: Path | None
     options: tuple[str, ...] = ()
+    data: Path | None = None
+    data_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,19 @@ def optimize(request: Request, console: Console) -> Outcome:
     outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
     check_writable(outputs)
     loaded, inputs = _load(request.model, list(request.inputs))
+    if request.data is not None and request.verify == "off":
+        raise UsageError("--data is for the verification, which --verify off leaves out; leave out one.")
+    data = _data(request.data, inputs, loaded, request.model)
     with progress(console) as on_event:
-        result = gs.optimize(loaded.model, inputs, passes=passes, verify=request.verify, on_event=on_event)
+        result = gs.optimize(
+            loaded.model,
+            inputs,
+            passes=passes,
+            verify=request.verify,
+            on_event=on_event,
+            data=data,
+            data_limit=request.data_limit,
+        )
         ok = _verified(result.report)
         if not ok:
             return Outcome(result.report, False, ())
@@ -168,6 +184,8 @@ def verify(
     console: Console,
     *,
     locate: bool = True,
+    data: Path | None = None,
+    data_limit: int | None = None,
 ) -> Compared:
     """Compare two programs, the one that is judged on the runtimes named, if any; locate a difference.
 
@@ -187,10 +205,13 @@ def verify(
         raise UsageError(
             f"{reference} brings positional and keyword inputs at once; give all of them by --input."
         )
+    own = _data(data, examples, next(iter(bringing or models), sides[0]), reference)
     with console.status("comparing") if console.is_terminal else ExitStack():
         try:
             programs = _program(sides[0]), _program(sides[1])
-            verdict = gs.verify(*programs, examples, runtimes=runtimes or None)
+            verdict = gs.verify(
+                *programs, examples, runtimes=runtimes or None, data=own, data_limit=data_limit
+            )
         except (
             gs.VerificationError
         ) as error:  # a difference is returned; raised is what could not be compared
@@ -198,7 +219,8 @@ def verify(
         if verdict.ok or not locate:
             return Compared(verdict)
         try:
-            return Compared(verdict, gs.localize(*programs, examples, runtimes=runtimes))
+            found = gs.localize(*programs, examples, runtimes=runtimes, data=own, data_limit=data_limit)
+            return Compared(verdict, found)
         except Exception as error:  # noqa: BLE001 - the verdict stands, whatever keeps its place from being found
             return Compared(verdict, unlocated=first_line(error))
 
@@ -229,6 +251,18 @@ def _load(spec: str, inputs: list[str]) -> tuple[LoadedModel, Any]:
     examples = example_inputs(inputs, loaded, spec)
     reject_non_finite(loaded, spec)
     return loaded, examples
+
+
+def _data(path: Path | None, examples: Any, side: LoadedModel | Path, spec: str) -> Any:
+    """The batches in `--data`; None where none are given."""
+    if path is None:
+        return None
+    if examples is None:
+        raise UsageError(
+            f"{spec} brings positional and keyword inputs at once, which --data cannot name; give "
+            "all of them by --input."
+        )
+    return read_data(path, examples, side)
 
 
 def _side(spec: str) -> LoadedModel | Path:

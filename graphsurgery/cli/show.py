@@ -52,6 +52,7 @@ def verdict(result: gs.Verdict) -> list[RenderableType]:
     lines: list[RenderableType] = [table]
     if isinstance(result, gs.RuntimesVerdict):
         lines += ["", _runtimes(result)]
+    lines += [Text(f"other sizes: {'; '.join(result.sizes)}")] if result.sizes else []
     lines += [Text(f"note: {note}") for note in result.notes]
     sides = f"{result.candidate} against {result.reference}"
     lines.append(Text(f"{sides}: {result.reason}", style="green" if result.ok else "bold red"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphsurgery.export.exporter import OPSET, ExportInfo, ExportResult, export_onnx, free_call
-from graphsurgery.export.sessions import OnnxSession, latency_ms, load_model, node_counts
+from graphsurgery.export.sessions import OnnxSession, input_shapes, latency_ms, load_model, node_counts
 
 __all__ = [
     "OPSET",
@@ -12,6 +12,7 @@ __all__ = [
     "OnnxSession",
     "export_onnx",
     "free_call",
+    "input_shapes",
     "latency_ms",
     "load_model",
     "node_counts",

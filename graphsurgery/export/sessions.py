@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 
-__all__ = ["OnnxSession", "latency_ms", "load_model", "node_counts", "read_model"]
+__all__ = ["OnnxSession", "input_shapes", "latency_ms", "load_model", "node_counts", "read_model"]
 
 StrPath = str | os.PathLike[str]
 
@@ -69,6 +69,24 @@ def load_model(path: StrPath) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, OSError, ValueError, RuntimeError) as error:
         raise VerificationError(f"{Path(path)} is no valid ONNX model: {_first_line(error)}") from error
     return model
+
+
+def input_shapes(path: StrPath) -> dict[str, tuple[int | str | None, ...]]:
+    """Return the declared shapes of a file's inputs: numbers, names of free sizes, None for nameless ones.
+
+    Raises:
+        VerificationError: The file cannot be read.
+    """
+    graph = read_model(path, weights=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return {
+        value.name: tuple(
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+            for dim in value.type.tensor_type.shape.dim
+        )
+        for value in graph.input
+        if value.name not in constants
+    }
 
 
 def _first_line(error: BaseException) -> str:

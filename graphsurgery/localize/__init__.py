@@ -6,9 +6,10 @@ Like `verify` it imports nothing of passes, the affine engine or rewriting.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,17 @@ from graphsurgery.localize.result import Localization, Place, Stage
 from graphsurgery.localize.search import Found, search
 from graphsurgery.localize.stages import Chain, Step, chain_of
 from graphsurgery.localize.traces import trace_of
-from graphsurgery.verify import CASES, Baseline, Inputs, OutputVerdict, Verdict, check_names, program_of
+from graphsurgery.verify import (
+    CASES,
+    Baseline,
+    Data,
+    Inputs,
+    OutputVerdict,
+    Verdict,
+    baseline_for,
+    check_names,
+    program_of,
+)
 
 __all__ = ["Localization", "Place", "Stage", "localize"]
 
@@ -31,6 +42,9 @@ def localize(
     dynamic_batch: bool = False,
     samples: int | None = None,
     seed: int = 0,
+    data: Data | Iterable[Any] | None = None,
+    data_limit: int | None = None,
+    free_sizes: Mapping[Any, Mapping[int, Any]] | None = None,
 ) -> Localization:
     """Find the first value inside of a program that differs from a reference by more than rounding.
 
@@ -51,6 +65,9 @@ def localize(
         dynamic_batch: As for `verify`.
         samples: As for `verify`.
         seed: As for `verify`.
+        data: As for `verify`.
+        data_limit: As for `verify`.
+        free_sizes: As for `verify`.
 
     Raises:
         CaptureError: A module cannot be captured.
@@ -63,7 +80,17 @@ def localize(
     first, last = program_of(reference), program_of(candidate)
     if isinstance(first, Path) and isinstance(last, nn.Module) and not between:
         first, last = last, first  # as in `verify`: only a torch module gives an anchor at any size
-    baseline = Baseline(first, inputs, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
+    baseline = baseline_for(
+        first,
+        last,
+        inputs,
+        dynamic_batch=dynamic_batch,
+        samples=samples,
+        seed=seed,
+        data=data,
+        data_limit=data_limit,
+        free_sizes=free_sizes,
+    )
     chain = chain_of(baseline, [*(program_of(program) for program in between), last], runtimes)
     step = chain.departs
     if step is None:

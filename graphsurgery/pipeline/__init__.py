@@ -37,7 +37,7 @@ from graphsurgery.report.build import build_report
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import Event, Pass, PassManager
 from graphsurgery.rewrite.fingerprint import held_tensors
-from graphsurgery.verify import Verdict
+from graphsurgery.verify import Data, Verdict
 
 __all__ = [
     "FeatureEnergy",
@@ -65,6 +65,8 @@ def optimize(
     on_event: OnEvent | None = None,
     max_param_growth: float | None = None,
     cost: str | CostModel | None = None,
+    data: Data | Iterable[Any] | None = None,
+    data_limit: int | None = None,
 ) -> OptimizeResult:
     """Fold a trained network into a cheaper one that computes the same.
 
@@ -83,6 +85,11 @@ def optimize(
         cost: What is cheaper than what, `"flops"` or a `graphsurgery.cost.CostModel`; replaces the option of
             that name of every pass that has it. Among the default passes, `merge-siblings` runs only where
             this is given and finds the merged layer cheaper.
+        data: The caller's own inputs, on which every comparison is made besides: an iterable (a list, a
+            DataLoader) of batches, each as `example_inputs` is; what comes behind the inputs (a label) is
+            left out, and a note says so.
+        data_limit: The greatest number of samples of `data` that are run; None chooses 8 to 256 by the cost
+            of one. The report says how many it were.
 
     Returns:
         The module, its graph, and the report.
@@ -91,10 +98,16 @@ def optimize(
         CaptureError: The model or its inputs cannot be captured, or a parameter holds NaN.
         PassError: A pass is unknown, changes the signature (as `split-head` does), or wrote into a tensor in
             place.
-        VerificationError: The captured or restored graph, before any pass, differs from the model.
+        VerificationError: The captured or restored graph, before any pass, differs from the model; or the
+            data are empty, hold NaN or do not fit the example.
         ExportError: With `verify="each-pass"`, the model cannot be exported to ONNX at all.
-        ValueError: `verify` is none of the three.
+        ValueError: `verify` is none of the three, or "off" with data; `data_limit` is below 1.
     """
+    read = data if data is None or isinstance(data, Data) else Data(data, data_limit)
+    if read is not None and verify == "off":
+        raise ValueError(
+            "data are for the verification, which verify='off' leaves out; leave out one of them"
+        )
     if verify not in ("final", "each-pass", "off"):
         raise ValueError(f"verify must be 'final', 'each-pass' or 'off', got {verify!r}")
     chosen = _with_option(_passes.select(passes, cost), "max_param_growth", max_param_growth)
@@ -103,7 +116,9 @@ def optimize(
     stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
     with stages("capture"):
         gm = _capture(model, example_inputs, dynamic_shapes)
-    proof = Proof(model, gm, on_event)
+    proof = Proof(model, gm, on_event, read)
+    if read is not None:
+        read.check(proof.example)
     manager = PassManager(chosen, on_event=on_event)
     if verify == "each-pass":
         with stages.untold("verify:captured"):

@@ -21,7 +21,7 @@ from graphsurgery.report import PassCheck
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import CheckResult, Event, ManagerResult, Pass, PassFailure, PassManager
 from graphsurgery.rewrite.sealing import Attempt, Separated, separate
-from graphsurgery.verify import Baseline, Inputs, Verdict
+from graphsurgery.verify import Baseline, Data, Inputs, Verdict, accepted_by, free_axes
 
 __all__ = ["Proof"]
 
@@ -64,6 +64,7 @@ class Proof:
         original: nn.Module | ExportedProgram,
         captured: fx.GraphModule,
         on_event: Callable[[Event], None] | None = None,
+        data: Data | None = None,
     ) -> None:
         self.original = original
         self.captured = captured
@@ -71,6 +72,7 @@ class Proof:
         self.pass_checks: list[PassCheck] = []
         self._last_checked: tuple[fx.GraphModule, str] | None = None
         self._on_event = on_event
+        self._data = data
         self._baselines: dict[tuple[int, ...], Baseline] = {}
 
     @property
@@ -103,6 +105,9 @@ class Proof:
                 dynamic_batch=self.info.dynamic_batch,
                 refused_batches=self.info.refused_batches,
                 batch_axes=self.info.batch_axes,
+                data=self._data,
+                size_axes=free_axes(self.example, [self.captured]),
+                accepts=accepted_by([self.captured]),
             )
             self._baselines[axes] = made
         return self._baselines[axes]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
 
 from torch import nn
 
 from graphsurgery.verify.baseline import Baseline
+from graphsurgery.verify.data import Data
+from graphsurgery.verify.free import accepted_by, baseline_for, free_axes
 from graphsurgery.verify.inputs import CASES, Inputs
 from graphsurgery.verify.runners import OnnxRunner, Runner, TorchRunner, runner_for
 from graphsurgery.verify.runtimes import RUNTIMES, check_names, program_of, runtime_runner, verdict_on
@@ -24,6 +26,7 @@ __all__ = [
     "RUNTIMES",
     "Baseline",
     "Comparison",
+    "Data",
     "Inputs",
     "OnnxRunner",
     "OutputVerdict",
@@ -32,7 +35,10 @@ __all__ = [
     "RuntimesVerdict",
     "TorchRunner",
     "Verdict",
+    "accepted_by",
+    "baseline_for",
     "check_names",
+    "free_axes",
     "program_of",
     "runtime_runner",
     "verify",
@@ -48,6 +54,9 @@ def verify(
     dynamic_batch: bool = False,
     samples: int | None = None,
     seed: int = 0,
+    data: Data | Iterable[Any] | None = None,
+    data_limit: int | None = None,
+    free_sizes: Mapping[Any, Mapping[int, Any]] | None = None,
     runtimes: None = None,
 ) -> Verdict: ...
 
@@ -61,6 +70,9 @@ def verify(
     dynamic_batch: bool = False,
     samples: int | None = None,
     seed: int = 0,
+    data: Data | Iterable[Any] | None = None,
+    data_limit: int | None = None,
+    free_sizes: Mapping[Any, Mapping[int, Any]] | None = None,
     runtimes: Sequence[str],
 ) -> RuntimesVerdict: ...
 
@@ -73,6 +85,9 @@ def verify(
     dynamic_batch: bool = False,
     samples: int | None = None,
     seed: int = 0,
+    data: Data | Iterable[Any] | None = None,
+    data_limit: int | None = None,
+    free_sizes: Mapping[Any, Mapping[int, Any]] | None = None,
     runtimes: Sequence[str] | None = None,
 ) -> Verdict:
     """Run two programs on a battery of inputs and say whether they compute one function, up to rounding.
@@ -89,6 +104,15 @@ def verify(
             run.
         samples: Number of cases of the battery; None chooses 3 to 8 by the cost of one.
         seed: Seed of the battery.
+        data: The caller's own inputs, run beside the battery: an iterable (a list, a DataLoader) of batches,
+            each as `inputs` is. What an item holds behind the inputs of the example (a label) is left out,
+            and a note says so.
+        data_limit: The greatest number of samples of `data` that are run; None chooses 8 to 256 by the cost
+            of one. The verdict says how many it were.
+        free_sizes: Heights, widths or lengths that are free, by position or keyword of the input:
+            `{0: {2: "height", 3: "width"}}`, equal names being equal sizes; both programs are run at two or
+            three other values too. None takes them from the programs that tell: ONNX files, and graphs made
+            by `capture`; `{}` stands for none.
         runtimes: Where the program that is judged is run: of an ONNX file any of `reference`,
             `onnxruntime-unoptimised`, `onnxruntime` and `openvino`, of a torch module `torch` and
             `torch-compile`. Each has a verdict of its own, or is "not run" with the reason, which is not
@@ -96,10 +120,11 @@ def verify(
 
     Raises:
         VerificationError: A program cannot be loaded, the reference fails on the example, or there is nothing
-            to compare. A difference is not raised: see `Verdict.raise_if_failed`.
+            to compare; the data are empty, hold NaN or do not fit the example. A difference is not raised:
+            see `Verdict.raise_if_failed`.
         RuntimeUnavailableError: onnxruntime has no kernel for an operator of a file; with `runtimes`, none of
             them could be run.
-        ValueError: A runtime has an unknown name, or none is named.
+        ValueError: A runtime has an unknown name, or none is named; `data_limit` is below 1.
     """
     swapped = _is_file(reference) and _is_module(candidate)
     first, judged = (candidate, reference) if swapped else (reference, candidate)
@@ -108,7 +133,17 @@ def verify(
     # Both are loaded before the first run: a file that is missing is said at once.
     runner = runner_for(judged) if runtimes is None else None
     program = program_of(judged) if runtimes is not None else None
-    baseline = Baseline(first, inputs, dynamic_batch=dynamic_batch, samples=samples, seed=seed)
+    baseline = baseline_for(
+        first,
+        runner or judged,
+        inputs,
+        dynamic_batch=dynamic_batch,
+        samples=samples,
+        seed=seed,
+        data=data,
+        data_limit=data_limit,
+        free_sizes=free_sizes,
+    )
     verdict: Verdict
     if program is not None and runtimes is not None:
         verdict = verdict_on(baseline, program, runtimes)

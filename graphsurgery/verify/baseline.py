@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from graphsurgery.verify.compare import (
     Yardstick,
     canonical,
 )
-from graphsurgery.verify.inputs import CASES, Batch, as_inputs, battery, samples_for
+from graphsurgery.verify.data import Data
+from graphsurgery.verify.extra import Extra
+from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, batch_size, battery, samples_for
 from graphsurgery.verify.judge import judge
 from graphsurgery.verify.precision import nudge_inputs
-from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, TorchRunner, runner_for
+from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, Runner, TorchRunner, runner_for
+from graphsurgery.verify.sizes import SizeAxes
 from graphsurgery.verify.verdict import Verdict
 
 __all__ = ["Baseline", "Output"]
@@ -32,6 +36,17 @@ _DECISION_ULPS = 16.0
 """How far the data are moved to find the integers that hang on rounding (an argmax near a tie)."""
 
 _SEED_OF_NOISE = 7919
+
+
+def _cause_of_nan(runner: Runner) -> str:
+    """Return what to do about outputs that are all NaN: the first parameter that is not finite, if any is."""
+    module = runner.module if isinstance(runner, TorchRunner) else None
+    for name, tensor in module.named_parameters() if module is not None else ():
+        for found, kind in ((tensor.isnan(), "NaN"), (tensor.isinf(), "infinite")):
+            if bool(found.any()):
+                many = f"{int(found.sum())} of {tensor.numel()} values of {name!r}"
+                return f"{many} are {kind}: load sound weights"
+    return "look for NaN or infinities in its weights or in the example"
 
 
 @dataclass
@@ -76,10 +91,16 @@ class Baseline:
         refused_batches: Of the batch sizes 1 to 16 those not to run, as the candidates do not take them.
         batch_axes: Which sizes change with the batch, and how, see `graphsurgery.verify.inputs.battery`.
         draws: How many nudged runs measure the noise; None chooses 1 to 6 by the cost of one.
+        data: The caller's own inputs, run beside the battery: an iterable of such as `inputs`.
+        data_limit: The greatest number of samples of it; None chooses 8 to 256 by the cost of one.
+        size_axes: Other sizes that are free, by name, see `graphsurgery.verify.sizes`; runs at two or three
+            other values are made of what the reference takes.
+        accepts: Whether the candidates take inputs of these sizes; None for all.
 
     Attributes:
         outputs: The reference's outputs in order.
         batches: The runs that the reference answered.
+        data_samples: Samples of the caller's data among them.
         anchor: What the errors are measured against, in words.
         structure: What a torch reference returns on the example, in words; None of any other runner.
         notes: Sentences for the verdict.
@@ -99,6 +120,10 @@ class Baseline:
         refused_batches: Collection[int] = (),
         batch_axes: Sequence[tuple[int, int, int, int]] | None = None,
         draws: int | None = None,
+        data: Data | Iterable[Any] | None = None,
+        data_limit: int | None = None,
+        size_axes: SizeAxes | None = None,
+        accepts: Callable[[Inputs], bool] | None = None,
     ) -> None:
         self.runner = runner_for(reference)
         self.seed = seed
@@ -117,6 +142,9 @@ class Baseline:
             refused=refused_batches,
             axes=batch_axes,
         )
+        read = data if data is None or isinstance(data, Data) else Data(data, data_limit)
+        if read is not None:
+            read.check(example)
         first = runs(samples=1)[0]
         flops, answer = self._run_first(first)
         self.structure = self.runner.structure if isinstance(self.runner, TorchRunner) else None
@@ -125,6 +153,22 @@ class Baseline:
         self.full = samples >= len(CASES)
         self.draws = draws or max(2 if self.full else 1, min(_DRAWS, samples_for(16.0 * flops) - 2))
         self.batches, native = self._run_native(runs(samples=samples), answer)
+        extra = Extra(self.runner, example, accepts)
+        if size_axes:
+            extra.at_other_sizes(size_axes, seed)
+        self.data_samples: int | None = None
+        if read is not None:
+            self.data_samples = extra.on_data(
+                read,
+                flops / max(1, batch_size(first.inputs) or 1),
+                dynamic_batch=dynamic_batch,
+                refused=refused_batches,
+                batch_axes=batch_axes,
+                size_axes=size_axes,
+            )
+        self.batches += [batch for batch, _ in extra.answers]
+        native += [outputs for _, outputs in extra.answers]
+        self.notes += extra.notes
         self.double = isinstance(self.runner, TorchRunner) and self.runner.is_double(example)
         exact = self._run_exact(native)
         self.outputs = self._outputs(native, exact)
@@ -146,12 +190,15 @@ class Baseline:
     def _run_first(self, first: Batch) -> tuple[float, Outputs]:
         """Run the example alone, and count the floating-point operations that it takes."""
         if isinstance(self.runner, OnnxRunner):
-            return self.runner.flops(), self._try_example(lambda: self.runner.run(first.inputs))
+            return self.runner.flops(), self._try_example(lambda: self.runner.run(first.inputs), first.inputs)
         with FlopCounterMode(display=False) as counter:
-            outputs = self._try_example(lambda: self.runner.run(first.inputs))
+            outputs = self._try_example(lambda: self.runner.run(first.inputs), first.inputs)
         return float(counter.get_total_flops()), outputs
 
-    def _try_example(self, run: Callable[[], Outputs]) -> Outputs:
+    def _try_example(self, run: Callable[[], Outputs], example: Inputs) -> Outputs:
+        shapes = ", ".join(
+            f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in example.tensors()
+        )
         try:
             return run()
         except GraphSurgeryError:
@@ -159,7 +206,7 @@ class Baseline:
         except Exception as error:  # the caller's forward may raise anything
             raise VerificationError(
                 f"{self.runner.name} raised on the example inputs, so there is nothing to compare with: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; the inputs were {shapes}, pass such as the model takes"
             ) from error
 
     def _run_native(self, batches: tuple[Batch, ...], answer: Outputs) -> tuple[list[Batch], list[Outputs]]:
@@ -318,5 +365,5 @@ class Baseline:
         if all(bool(value.isnan().all()) for output in self.outputs for value in output.native):
             raise VerificationError(
                 f"every output of {self.runner.name} is NaN on every input, so nothing can be compared; "
-                "look for NaN in its weights or in the example"
+                f"{_cause_of_nan(self.runner)}"
             )

@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import VerificationError
 
-__all__ = ["CASES", "Batch", "Inputs", "as_inputs", "battery", "samples_for"]
+__all__ = ["CASES", "Batch", "Inputs", "as_inputs", "batch_size", "battery", "filled", "samples_for"]
 
 CASES = ("example", "normal", "impulses", "large", "zeros", "tiny", "constant", "example[1]")
 """The cases of a full battery, most important first."""
@@ -86,11 +86,15 @@ class Batch:
         inputs: The arguments.
         cases: Names of the cases in it: one per row if `stacked`, else one for the whole run.
         stacked: Whether the rows are cases of their own (dynamic batch).
+        kind: "battery", "sizes" (the battery's noise at other sizes) or "data" (the caller's own).
+        samples: Of the caller's data, how many samples it holds.
     """
 
     inputs: Inputs
     cases: tuple[str, ...]
     stacked: bool
+    kind: str = "battery"
+    samples: int = 0
 
 
 def as_inputs(inputs: object) -> Inputs:
@@ -251,6 +255,11 @@ def _whole(example: Inputs, case: str, generator: torch.Generator) -> Inputs:
     return example.replace([_fill(x, x, case, generator) if isinstance(x, Tensor) else x for x in leaves])
 
 
+def filled(like: Tensor, example: Tensor, generator: torch.Generator) -> Tensor:
+    """Return noise of the shape of `like` with the statistics of `example`; integers as in `like`."""
+    return _fill(like, example, "normal", generator) if like.is_floating_point() else like
+
+
 def _fill(like: Tensor, example: Tensor, case: str, generator: torch.Generator) -> Tensor:
     """Return a tensor of the shape and dtype of `like`, with the statistics of `example`, for one case."""
     if like.is_complex() or like.is_quantized or like.layout != torch.strided:
@@ -274,8 +283,9 @@ def _fill(like: Tensor, example: Tensor, case: str, generator: torch.Generator) 
 def _fill_integers(like: Tensor, example: Tensor, case: str, generator: torch.Generator) -> Tensor:
     if case not in _NOISE_CASES or example.numel() == 0:
         return like
-    low, high = int(example.min()), int(example.max())
-    drawn = torch.randint(low, high + 1, like.shape, generator=generator, dtype=torch.int64)
+    low = int(example.min())
+    high = min(int(example.max()), torch.iinfo(torch.int64).max - 1)  # the bound of randint is one more
+    drawn = torch.randint(min(low, high), high + 1, like.shape, generator=generator, dtype=torch.int64)
     return drawn.to(device=like.device, dtype=like.dtype)
 
 

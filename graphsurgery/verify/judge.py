@@ -79,10 +79,12 @@ def _verdict(
         candidate=candidate.name,
         anchor=baseline.anchor,
         outputs=outputs,
-        cases=tuple(case for batch in baseline.batches for case in batch.cases),
+        cases=tuple(case for batch in baseline.batches if batch.kind == "battery" for case in batch.cases),
         batch_sizes=tuple(dict.fromkeys(_batch_size(b.inputs.tensors()) for b in baseline.batches)),
         seed=baseline.seed,
         notes=(*baseline.notes, *notes),
+        sizes=tuple(batch.cases[0] for batch in baseline.batches if batch.kind == "sizes"),
+        data_samples=baseline.data_samples,
     )
 
 

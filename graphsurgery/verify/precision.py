@@ -144,12 +144,21 @@ class Nudger:
             tensor: Any tensor; returned as it is unless real floating point.
             eps: The unit; None for the distance from 1 to the next number of the tensor's dtype.
         """
+        return self.moved(tensor, self.offset(tensor), eps)
+
+    def offset(self, tensor: Tensor) -> int:
+        """Draw where in the table the numbers of a tensor begin; 0 for one that is not moved."""
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return 0
+        return int(torch.randint(_TABLE, (), generator=self._generator))
+
+    def moved(self, tensor: Tensor, offset: int, eps: float | None) -> Tensor:
+        """Return a tensor moved by the numbers of the table from `offset` on; see `__call__`."""
         if not tensor.is_floating_point() or tensor.numel() == 0:
             return tensor
         unit = torch.finfo(tensor.dtype).eps if eps is None else eps
         work = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
         moved = tensor.detach().to(work, copy=True).contiguous().view(-1)
-        offset = int(torch.randint(_TABLE, (), generator=self._generator))
         # A factor, not a summand: an infinity in a mask stays what it is.
         factors = (1.0 + self._steps.roll(offset) * unit).to(moved)
         # By chunks of one table: a random number of its own for each weight takes longer than a run.

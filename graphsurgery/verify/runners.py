@@ -7,7 +7,7 @@ reference says how to run the same program in float64 and with its data moved by
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.verify.inputs import Inputs
+from graphsurgery.verify.large import LargeRunner, is_large
 from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
@@ -132,16 +133,38 @@ class TorchRunner:
 
     def float64(self) -> Runner:
         """Return a runner of the module cast to float64."""
-        return _Float64Runner(f"{self.name} in float64", self._copy, float64_state(self._copy))
+        name = f"{self.name} in float64"
+
+        def whole() -> Runner:
+            return _Float64Runner(name, self._copy, float64_state(self._copy))
+
+        return self._runner(name, whole, True, None)
 
     def float64_stored(self, seed: int) -> Runner:
         """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
-        state = stored_state(self._copy, seed)
-        return _Float64Runner(f"{self.name} in float64, rounded", self._copy, state, Nudger(seed, 0.5))
+        name = f"{self.name} in float64, rounded"
+
+        def whole() -> Runner:
+            return _Float64Runner(name, self._copy, stored_state(self._copy, seed), Nudger(seed, 0.5))
+
+        return self._runner(name, whole, True, (0.5, seed))
 
     def nudged(self, seed: int, ulps: float) -> Runner:
         """Return a runner of the module with every parameter and float buffer moved by `ulps` units."""
-        return _StateRunner(f"{self.name} nudged", self._copy, nudged_state(self._copy, ulps, seed))
+        name = f"{self.name} nudged"
+
+        def whole() -> Runner:
+            return _StateRunner(name, self._copy, nudged_state(self._copy, ulps, seed))
+
+        return self._runner(name, whole, False, (ulps, seed))
+
+    def _runner(
+        self, name: str, whole: Callable[[], Runner], double: bool, moved: tuple[float, int] | None
+    ) -> Runner:
+        """Return the runner with all weights turned at once, for a large module layer by layer."""
+        if is_large(self._copy):
+            return LargeRunner(name, whole, self._copy, _call, double, moved)
+        return whole()
 
 
 class CompiledRunner:

@@ -183,6 +183,8 @@ def _together(found: list[RuntimeVerdict]) -> RuntimesVerdict:
         batch_sizes=verdict.batch_sizes,
         seed=verdict.seed,
         notes=verdict.notes,
+        sizes=verdict.sizes,
+        data_samples=verdict.data_samples,
         runtimes=tuple(found),
     )
 

@@ -118,11 +118,13 @@ class Verdict:
         candidate: Name of the runner that was judged.
         anchor: What the errors were measured against.
         outputs: One verdict per output.
-        cases: Names of the cases that were run.
+        cases: Names of the cases of the battery that were run.
         batch_sizes: Leading sizes of the runs.
         seed: Seed of the battery.
         notes: What a reader should know besides (NaN outputs, cases that the reference refused, weak
             comparisons).
+        sizes: Other sizes that were run, where some are free, as "height=21, width=19".
+        data_samples: Samples of the caller's own data that were run; None where none were given.
     """
 
     ok: bool
@@ -135,6 +137,8 @@ class Verdict:
     batch_sizes: tuple[int, ...] = ()
     seed: int = 0
     notes: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    data_samples: int | None = None
 
     def raise_if_failed(self) -> Verdict:
         """Return the verdict itself if it passed.
@@ -151,6 +155,9 @@ class Verdict:
         lines = [f"{self.candidate} vs {self.reference}: {head}: {self.reason}"]
         lines += [f"  {output.name}: {output.reason}" for output in self.outputs]
         lines.append(f"  {len(self.cases)} cases ({', '.join(self.cases)}), anchor: {self.anchor}")
+        lines += [f"  other sizes: {'; '.join(self.sizes)}"] if self.sizes else []
+        if self.data_samples is not None:
+            lines.append(f"  {self.data_samples} samples of the caller's data")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -1,0 +1,116 @@
+"""Large modules in float64, or with moved weights, without a second set of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphsurgery.verify.inputs import Inputs
+from graphsurgery.verify.precision import Float64Mode, Nudger, state_of, to_float64
+
+if TYPE_CHECKING:
+    from graphsurgery.verify.runners import Outputs, Runner
+
+__all__ = ["LARGE_BYTES", "LargeRunner", "TurnedMode", "is_large"]
+
+LARGE_BYTES = 2**28
+"""Modules of more bytes than this are not held a second time in another precision or with moved weights:
+each weight is turned when a call reads it, and let go. That takes longer than to turn all of them once."""
+
+
+def is_large(module: nn.Module) -> bool:
+    """Return whether the float parameters and buffers take more than `LARGE_BYTES`."""
+    return sum(t.numel() * t.element_size() for t in state_of(module).values()) > LARGE_BYTES
+
+
+class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Turns the parameters of a module when a call reads them, so that one layer at a time is held twice.
+
+    Args:
+        module: The module whose parameters and float buffers are turned.
+        ulps: How far each is moved, in units in the last place of its dtype; the same way each time.
+        seed: Seed of the movement.
+        double: Whether they are turned into float64 first.
+    """
+
+    def __init__(self, module: nn.Module, ulps: float, seed: int, *, double: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._double = double
+        self._nudger = Nudger(seed, ulps)
+        state = state_of(module)
+        names = dict((*module.named_parameters(), *module.named_buffers()))
+        # By the object: views that a forward makes of a parameter are made of what was turned already.
+        self._offsets = {id(names[name]): self._nudger.offset(tensor) for name, tensor in state.items()}
+        self._kept = names  # an id holds only as long as its object lives
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = pytree.tree_map(self._turn, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _turn(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or id(value) not in self._offsets:
+            return value
+        offset = self._offsets[id(value)]
+        if value.is_complex() or not self._double:  # complex numbers are not moved
+            return self._nudger.moved(value, offset, None)
+        unit = torch.finfo(value.dtype).eps
+        return self._nudger.moved(value.detach().double(), offset, unit)
+
+
+class LargeRunner:
+    """Runs a module that is ours alone with its parameters turned as they are read, none held in between.
+
+    A forward that looks at the dtype of a parameter itself (the recurrent layers of torch do) is run with all
+    of them turned at once, as a small one.
+
+    Args:
+        name: What a report calls it.
+        whole: Makes the runner that turns all at once.
+        module: The module.
+        call: Runs a module.
+        double: Whether every operation is in float64.
+        moved: By how many units in the last place the parameters are moved, and the seed of it; None not at
+            all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        whole: Callable[[], Runner],
+        module: nn.Module,
+        call: Callable[[nn.Module, Inputs], Outputs],
+        double: bool,
+        moved: tuple[float, int] | None = None,
+    ) -> None:
+        self.name = name
+        self._whole = whole
+        self._module = module
+        self._call = call
+        self._double = double
+        self._moved = moved
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return the outputs."""
+        with ExitStack() as modes:
+            if self._double:
+                modes.enter_context(Float64Mode(Nudger(self._moved[1], 0.5) if self._moved else None))
+            if self._moved:  # entered last, it sees each call first
+                modes.enter_context(TurnedMode(self._module, *self._moved, double=self._double))
+            try:
+                return self._call(self._module, to_float64(inputs) if self._double else inputs)
+            except Exception:
+                if not self._double:
+                    raise
+        return self._whole().run(inputs)
