@@ -97,7 +97,7 @@ def _arrays(path: Path) -> dict[str, Any]:
             files = sorted(path.glob("*.npy"))
             found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in files}
         elif path.suffix == ".npz" and path.is_file():
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 found = {name: archive[name] for name in archive.files}
         else:
             raise UsageError(
@@ -122,7 +122,7 @@ def _names(side: LoadedModel | Path | None, count: int) -> list[str]:
 
         found = list(input_shapes(side))
     elif side is not None and isinstance(side.model, ExportedProgram):
-        found = list(side.model.graph_signature.user_inputs)  # type: ignore[arg-type]  # names, of tensors
+        found = list(side.model.graph_signature.user_inputs)
     elif side is not None and isinstance(side.model, nn.Module):
         found = list(inspect.signature(side.model.forward).parameters)
     return found[:count] if len(found) >= count else [str(position) for position in range(count)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.precision import Float64Mode, Nudger, state_of, to_float64
@@ -56,7 +56,9 @@ class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = pytree.tree_map(self._turn, (args, kwargs or {}))
+        # Without the float64 mode around this one, which would take part in the turning.
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            args, kwargs = pytree.tree_map(self._turn, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def _turn(self, value: Any) -> Any:
@@ -103,11 +105,13 @@ class LargeRunner:
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs."""
+        # Made before the float64 mode is entered, under which it would read all weights in float64.
+        turned = TurnedMode(self._module, *self._moved, double=self._double) if self._moved else None
         with ExitStack() as modes:
             if self._double:
                 modes.enter_context(Float64Mode(Nudger(self._moved[1], 0.5) if self._moved else None))
-            if self._moved:  # entered last, it sees each call first
-                modes.enter_context(TurnedMode(self._module, *self._moved, double=self._double))
+            if turned is not None:  # entered last, it sees each call first
+                modes.enter_context(turned)
             try:
                 return self._call(self._module, to_float64(inputs) if self._double else inputs)
             except Exception:

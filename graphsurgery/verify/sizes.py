@@ -121,8 +121,8 @@ def size_runs(example: Inputs, axes: SizeAxes, seed: int = 0) -> list[list[Batch
         axes: The free sizes.
         seed: Seed of the noise.
     """
-    base = {name: _size_in(example, places) for name, places in axes.items()}
-    base = {name: size for name, size in base.items() if size is not None and size > 0}
+    known = {name: _size_in(example, places) for name, places in axes.items()}
+    base = {name: size for name, size in known.items() if size}
     if not base:
         return []
     small = [{name: _odd_below(size) for name, size in base.items()}]
