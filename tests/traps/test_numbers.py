@@ -135,6 +135,19 @@ def tied(*pairs: tuple[int, int]) -> nn.Module:
     return model
 
 
+def test_an_argmax_at_a_tie_behind_a_fold() -> None:
+    """Rounding decides which of two like classes is the greatest: such rows are counted, others equal."""
+    model = tied((2, 0))
+    with torch.no_grad():
+        model.head.bias[[0, 2]] += 2.0  # type: ignore[index, union-attr]
+    result = gs.optimize(model, torch.randn(16, 8))
+    assert len(result.report.changes) == 1
+    (output,) = result.report.verification.outputs
+    assert output.ok
+    assert 0 < output.undecided < output.elements
+    assert output.mismatches == 0
+
+
 def test_an_argmax_that_is_at_a_tie_everywhere_is_not_called_equal() -> None:
     with pytest.raises(VerificationError, match="inconclusive: rounding decides every value"):
         gs.optimize(tied((2, 0), (3, 1)), torch.randn(16, 8))
