@@ -102,9 +102,15 @@ def refuse_nan(inputs: Inputs) -> None:
     """Refuse example inputs on which nothing could be compared; infinities are let through, as in masks.
 
     Raises:
-        CaptureError: A tensor holds NaN.
+        CaptureError: A tensor holds NaN, or is sparse or quantised.
     """
     for tensor in inputs.tensors():
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = tensor.dtype if tensor.is_quantized else tensor.layout
+            raise CaptureError(
+                f"an example input is a sparse or quantised tensor ({kind}), expected a dense one; "
+                "densify it first, and let the model take it so."
+            )
         if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         count = int(torch.isnan(tensor if tensor.is_complex() else tensor.float()).sum())

@@ -9,7 +9,9 @@ lets through only what `torch.export.save` writes for a plain network:
 2. sample inputs: loadable as tensors alone (`weights_only`);
 3. operators: ATen, prims, torchvision, torch's control flow, and arithmetic on sizes;
 4. expressions and guards: arithmetic and comparisons of sizes, checked on their syntax tree;
-5. names: letters, digits and `_ . @ : -`, so that none can break out of the source it is pasted into.
+5. names: letters, digits and `_ . @ : -`, so that none can break out of the source it is pasted into;
+6. sizes: records that unpack to, and tensors that repeat what they hold to, no more than `MOST_REPEATED`
+   times the file; powers of sizes that can be written out.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator
@@ -73,10 +76,21 @@ FUNCTIONS = re.compile(
     r"|Unequality|StrictLessThan|StrictGreaterThan|LessThan|GreaterThan"
 )
 ATTRIBUTES = frozenset({"size", "shape", "stride"})
+POWERS = frozenset({"Pow", "FloatPow", "PowByNatural"})
+LARGEST_EXPONENT = 16
+"""Of sizes, which have few dimensions to be multiplied over; nine to the ninth to the ninth never ends."""
+
+MOST_REPEATED = 64
+SMALL_BYTES = 2**26
+"""A few expanded masks are larger than what they are stored as; below 64 MB nobody is hurt by any."""
 
 
 class _UnsafeError(Exception):
     """What the archive holds that must not be loaded; the message completes "it holds ..."."""
+
+
+class _BloatedError(Exception):
+    """What of the archive would take memory out of all proportion to the file."""
 
 
 def load_archive(path: Path) -> torch.export.ExportedProgram:
@@ -92,15 +106,20 @@ def load_archive(path: Path) -> torch.export.ExportedProgram:
         UsageError: The file is absent, damaged, of another kind, or holds something that could run code.
     """
     if not path.is_file():
-        raise UsageError(
-            f"{path} does not exist or is no file; MODEL names a .pt2 written by torch.export.save."
-        )
+        what = "is a directory" if path.is_dir() else "is a device or a pipe"
+        what = what if path.exists() else "does not exist"
+        raise UsageError(f"{path} {what}; MODEL names a .pt2 written by torch.export.save.")
     if _is_pickle(path):
         raise UsageError(
             f"{path} was written by torch.save; use torch.export.save, or load it in a factory of your own."
         )
     try:
         _check_archive(path)
+    except _BloatedError as error:
+        raise UsageError(
+            f"{path} was not loaded: {error}; export the model again with torch.export.save, "
+            "or load it in a factory of your own."
+        ) from None
     except _UnsafeError as error:
         raise UsageError(
             f"{path} was not loaded: it holds {error}, which could run code; "
@@ -117,17 +136,25 @@ def load_archive(path: Path) -> torch.export.ExportedProgram:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Return whether `torch.save` wrote the file: a zip with one pickle at its top; nothing is unpickled."""
+    """Return whether `torch.save` wrote the file: a zip with one pickle at its top; nothing is unpickled.
+
+    Where an exported program is cut off, the last whole zip may be that of its sample inputs: it starts
+    later.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in archive.namelist())
+            whole = any(item.header_offset == 0 for item in archive.infolist())
+            return whole and any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in archive.namelist())
     except (OSError, ValueError, zipfile.BadZipFile):
         return False
 
 
 def _check_archive(path: Path) -> None:
-    """Raise `_UnsafeError` for the first thing in the archive that `load_archive` does not allow."""
+    """Raise `_UnsafeError` or `_BloatedError` for the first thing that `load_archive` does not allow."""
+    limit = MOST_REPEATED * path.stat().st_size + SMALL_BYTES
     with PT2ArchiveReader(str(path)) as reader:
+        with zipfile.ZipFile(path) as archive:
+            _check_size("its records unpack to", sum(item.file_size for item in archive.infolist()), limit)
         names = reader.get_file_names()
         for name in names:
             if not RECORDS.fullmatch(name):
@@ -139,6 +166,8 @@ def _check_archive(path: Path) -> None:
                     f"{config.rsplit('/', 1)[0]}/{payload['path_name']}"
                 ):
                     raise _UnsafeError(f"the pickled object '{key}'")
+            named = sum(_named_bytes(payload["tensor_meta"]) for payload in payloads.values())
+            _check_size("its tensors would take", named, limit)
         sample_inputs = reader.read_bytes(SAMPLE_INPUTS)
         program = json.loads(reader.read_string(PROGRAM))
     if sample_inputs:
@@ -148,6 +177,17 @@ def _check_archive(path: Path) -> None:
             raise _UnsafeError("sample inputs that are not plain tensors") from error
     for key, text in _strings(program, ""):
         _check_string(key, text)
+
+
+def _check_size(what: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise _BloatedError(f"{what} {size:,} bytes, more than the {limit:,} that a file of its size may")
+
+
+def _named_bytes(meta: dict[str, Any] | None) -> int:
+    """Return how many bytes a tensor takes that is written out; strides of zero repeat what is stored."""
+    sizes = [size.get("as_int", 0) for size in meta["sizes"]] if meta else []
+    return 8 * math.prod(sizes) if sizes else 0  # eight bytes at most, but for complex numbers
 
 
 def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -213,5 +253,24 @@ def _check_expression(text: str) -> None:
             allowed = isinstance(function, ast.Attribute) or (
                 isinstance(function, ast.Name) and FUNCTIONS.fullmatch(function.id) is not None
             )
+            if isinstance(function, ast.Name) and function.id in POWERS:
+                _check_exponent(node, node.args[-1:])
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            _check_exponent(node, [node.right])
         if not allowed:
             raise _UnsafeError(f"the expression {text!r}")
+
+
+def _check_exponent(power: ast.expr, exponents: list[ast.expr]) -> None:
+    """Check that an exponent is a small number as written: `2`, `-1`, `Integer(2)`, `Rational(1, 2)`."""
+    plain = (ast.Call, ast.Constant, ast.Name, ast.Load, ast.UnaryOp, ast.USub, ast.UAdd)
+    for node in (part for exponent in exponents for part in ast.walk(exponent)):
+        small = isinstance(node, plain)
+        if isinstance(node, ast.Name):
+            small = node.id in ("Integer", "Rational", "Float")
+        elif isinstance(node, ast.Constant):
+            small = isinstance(node.value, (int, float)) and abs(node.value) <= LARGEST_EXPONENT
+        if not small:
+            raise _BloatedError(
+                f"it holds the power {ast.unparse(power)!r}, which may take for ever to work out"
+            )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx
 
-from graphsurgery.errors import ExportError
+from graphsurgery.errors import ExportError, GraphSurgeryError
 
 __all__ = ["commit", "data_name", "staged", "staging"]
 
@@ -26,6 +26,9 @@ __all__ = ["commit", "data_name", "staged", "staging"]
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
     """Give a hidden folder beside `path`, on the same file system; remove it and all in it at the end.
+
+    An error of ours that names something in the folder names it in the folder of `path` instead: the reader
+    looks for the file that was asked for.
 
     Raises:
         ExportError: The folder of `path` does not exist or cannot be written, or `path` is a folder,
@@ -47,6 +50,10 @@ def staging(path: Path) -> Iterator[Path]:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield folder
+    except GraphSurgeryError as error:
+        if len(error.args) == 1:
+            error.args = (str(error).replace(str(folder), str(path.parent)),)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
+from graphsurgery.export.guard import check_contents
 
 __all__ = ["OnnxSession", "input_shapes", "latency_ms", "load_model", "node_counts", "read_model"]
 
@@ -39,21 +40,33 @@ _DTYPES = {
 def read_model(path: StrPath, *, weights: bool = True) -> onnx.ModelProto:
     """Return the ONNX model in a file, with its external data unless `weights` is False.
 
+    Nothing in the file is run, and nothing outside of its folder is read.
+
     Raises:
-        VerificationError: The file does not exist, is no file, or is no ONNX model.
+        VerificationError: The file does not exist, is no file, is no ONNX model, or is not what it says of
+            itself (see `graphsurgery.export.guard`).
     """
     file = Path(path)
     if not file.is_file():
-        what = "is a directory" if file.is_dir() else "does not exist"
+        what = "is a directory" if file.is_dir() else "is a device or a pipe"
+        what = what if file.exists() else "does not exist"
         raise VerificationError(f"{file} {what}; expected the path of an ONNX file")
     try:
-        model = onnx.load(file, load_external_data=weights)
+        model = onnx.load(file, load_external_data=False)
     except Exception as error:  # protobuf, onnx and the file system each raise their own kinds
         raise VerificationError(f"{file} cannot be read as an ONNX model: {_first_line(error)}") from error
     if not model.graph.output:
         raise VerificationError(
             f"{file} holds no ONNX graph with outputs; it is cut off or another kind of file"
         )
+    check_contents(model, file)
+    if weights:
+        try:
+            onnx.load_external_data_for_model(model, str(file.parent))
+        except Exception as error:  # as above
+            raise VerificationError(
+                f"{file} cannot be read as an ONNX model: {_first_line(error)}"
+            ) from error
     return model
 
 
@@ -121,6 +134,8 @@ class OnnxSession:
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
         payload = source if isinstance(source, bytes) else os.fspath(source)
+        if not isinstance(source, bytes):
+            read_model(source, weights=False)  # onnxruntime follows what a file says of itself
         try:
             self._session = ort.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class

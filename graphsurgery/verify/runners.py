@@ -291,9 +291,8 @@ class OnnxRunner:
         input_names: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
-        from graphsurgery.export.sessions import OnnxSession, read_model
+        from graphsurgery.export.sessions import OnnxSession
 
-        read_model(path, weights=False)  # a clear message where onnxruntime's own is not
         self.path = Path(path)
         self.name = name or f"onnxruntime {self.path.name}"
         self._names = tuple(input_names) if input_names is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import zipfile
@@ -172,13 +173,137 @@ def test_refuses_a_compiled_library(saved: Path, tmp_path: Path) -> None:
         load_archive(path)
 
 
-@pytest.mark.parametrize("kept", [0, 10, 1000])
-def test_a_damaged_file_is_one_sentence(saved: Path, tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("tenths", range(10))
+def test_a_file_cut_off_at_any_tenth_is_one_sentence(saved: Path, tmp_path: Path, tenths: int) -> None:
+    """The sample inputs in it are a whole archive of `torch.save`, for which it must not be taken."""
     path = tmp_path / "cut.pt2"
-    path.write_bytes(saved.read_bytes()[:kept])
+    whole = saved.read_bytes()
+    path.write_bytes(whole[: len(whole) * tenths // 10])
     with pytest.raises(UsageError, match=r"cut\.pt2 is no readable \.pt2 file") as caught:
         load_archive(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "is a directory; MODEL names a .pt2"),
+        (os.mkfifo, "is a device or a pipe; MODEL names a .pt2"),
+        (lambda path: path.write_bytes(b""), "is no readable .pt2 file"),
+        (lambda path: path.write_bytes(b"\x89PNG" + bytes(500)), "is no readable .pt2 file"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(500)), "is no readable .pt2 file"),
+    ],
+    ids=["folder", "pipe", "empty", "picture", "zip"],
+)
+def test_what_is_no_archive_is_one_sentence(
+    tmp_path: Path, make: Callable[[Path], object], said: str
+) -> None:
+    path = tmp_path / "model.pt2"
+    make(path)
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        load_archive(path)
+    assert "\n" not in str(caught.value)
+
+
+def weights(**meta: object) -> Edit:
+    """Say something else of the first weight."""
+
+    def edit(name: str, data: bytes) -> bytes:
+        if name != "data/weights/model_weights_config.json":
+            return data
+        config = json.loads(data)
+        next(iter(config["config"].values()))["tensor_meta"].update(meta)
+        return json.dumps(config).encode()
+
+    return edit
+
+
+MILLION = {"as_int": 10**6}
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"sizes": [MILLION] * 4}, "its tensors would take 8,000,000,000,000,"),
+        (
+            {"sizes": [MILLION] * 4, "strides": [{"as_int": 0}] * 4},
+            "its tensors would take 8,000,000,000,000,",
+        ),
+        ({"strides": [MILLION] * 4}, "out of bounds for storage of size 432"),
+        ({"storage_offset": MILLION}, "out of bounds for storage of size 432"),
+        ({"storage_offset": {"as_int": -1}}, "invalid storage offset -1"),
+        ({"dtype": 8}, "out of bounds for storage of size 432"),
+        ({"dtype": "torch.load"}, "could not be loaded"),
+    ],
+    ids=["sizes", "repeated", "strides", "offset", "negative", "dtype", "name"],
+)
+def test_a_weight_that_is_not_what_it_says(
+    saved: Path, tmp_path: Path, meta: dict[str, object], said: str
+) -> None:
+    """Refused before memory is asked for; a stride of zero makes terabytes of one number."""
+    with pytest.raises(UsageError, match=said) as caught:
+        load_archive(edited(saved, tmp_path, weights(**meta)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weight_that_is_cut_short(saved: Path, tmp_path: Path) -> None:
+    def edit(name: str, data: bytes) -> bytes:
+        return data[:10] if name == "data/weights/weight_0" else data
+
+    with pytest.raises(UsageError, match="size 10 is not a multiple of element size 4"):
+        load_archive(edited(saved, tmp_path, edit))
+
+
+def test_records_that_unpack_to_far_more_than_the_file(saved: Path, tmp_path: Path) -> None:
+    path = edited(saved, tmp_path, lambda _, data: data)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("small/extra/zeros", bytes(2**27))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(UsageError, match=r"its records unpack to 134,\d{3},\d{3} bytes, more than"):
+        load_archive(path)
+
+
+def test_an_archive_that_was_packed_again_is_loaded(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "packed.pt2"
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert path.stat().st_size < saved.stat().st_size
+    x, scale = torch.randn(5, 3, 8, 9), torch.tensor(0.5)
+    expected, found = (load_archive(p).module()(x, scale=scale) for p in (saved, path))
+    assert torch.equal(found["flat"], expected["flat"])
+
+
+@pytest.mark.parametrize("power", [b"Pow(Integer(9), Pow(Integer(9), Integer(9)))", b"9**9**9"])
+def test_a_power_that_cannot_be_worked_out(saved: Path, tmp_path: Path, power: bytes) -> None:
+    pattern = rb"Symbol\('s\d+', positive=True, integer=True\)"
+    with pytest.raises(UsageError, match="was not loaded: it holds"):
+        load_archive(edited(saved, tmp_path, substitute(pattern, power)))
+
+
+class Squared(nn.Module):
+    """Multiplies sizes: its export holds powers of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1)[: x.shape[0] * x.shape[0]].reshape(x.shape[0] ** 2 // 2, 2)
+
+
+def test_loads_powers_of_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "squared.pt2"
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(Squared(), (torch.randn(4, 6),), dynamic_shapes=shapes), path)
+    with zipfile.ZipFile(path) as archive:
+        assert b"Pow(" in archive.read("squared/models/model.json")
+    x = torch.randn(6, 8)
+    assert torch.equal(load_archive(path).module()(x), Squared()(x))
+
+
+def test_nesting_without_end_is_one_sentence(saved: Path, tmp_path: Path) -> None:
+    def edit(name: str, data: bytes) -> bytes:
+        return b"[" * 200_000 if name == "models/model.json" else data
+
+    with pytest.raises(UsageError, match=r"is no readable \.pt2 file: RecursionError"):
+        load_archive(edited(saved, tmp_path, edit))
 
 
 @pytest.mark.parametrize("record", ["models/model.json", "data/weights/weight_0", "archive_version"])

@@ -209,8 +209,10 @@ def test_folder_that_cannot_be_written(
 
 def test_no_runtime_for_the_dtype_is_not_passed(network: nn.Sequential, tmp_path: Path) -> None:
     module, info = copy.deepcopy(network).to(torch.bfloat16), Info((image().to(torch.bfloat16),))
-    with pytest.raises(VerificationError):
+    with pytest.raises(VerificationError) as caught:
         export_onnx(module, info, tmp_path / "out.onnx")
+    assert f"{tmp_path / 'out.onnx'}: " in str(caught.value)
+    assert ".tmp" not in str(caught.value)
     assert files(tmp_path) == []
     assert export_onnx(module, info, tmp_path / "out.onnx", verify=False).verdict is None
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from graphsurgery.errors import ExportError
-from graphsurgery.export.files import _host, staged
+from graphsurgery.errors import ExportError, VerificationError
+from graphsurgery.export.files import _host, staged, staging
 
 DRIVER = Path(__file__).parents[1] / "killed.py"
 
@@ -59,6 +59,20 @@ def test_a_file_that_was_never_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"cannot write .*out\.json: No such file"):
         nothing()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    folders = []
+
+    def failing() -> None:
+        with staging(tmp_path / "out.onnx") as folder:
+            folders.append(str(folder))
+            raise VerificationError(f"{folder}/out.onnx is no valid ONNX model")
+
+    with pytest.raises(VerificationError) as caught:
+        failing()
+    assert str(caught.value) == f"{tmp_path}/out.onnx is no valid ONNX model"
+    assert not os.path.exists(folders[0])
 
 
 @pytest.mark.parametrize("kills", [9, pytest.param(200, marks=pytest.mark.sweep)])
