@@ -57,7 +57,7 @@ class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # Without the float64 mode around this one, which would take part in the turning.
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             args, kwargs = pytree.tree_map(self._turn, (args, kwargs or {}))
         return func(*args, **kwargs)
 
