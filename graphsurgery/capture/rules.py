@@ -156,6 +156,8 @@ class InputSizes:
         found = []
         for index, axis, expr in self._found:
             if batch not in expr.free_symbols:
+                if self._moves_along(index, axis, expr, batch):
+                    found.append((self._order[index], 0, 1, 0))
                 continue
             factor, offset = expr.coeff(batch, 1), expr.subs(batch, 0)
             if not (factor.is_Integer and offset.is_Integer and expr == factor * batch + offset):
@@ -164,8 +166,20 @@ class InputSizes:
             found.append((self._order[index], axis if tensor else -1, int(factor), int(offset)))
         return tuple(sorted(found))
 
+    def _moves_along(self, index: int, axis: int, expr: sympy.Expr, batch: sympy.Symbol) -> bool:
+        """Whether a leading size that no condition ties to the batch is as large in the example.
+
+        A mask that is only indexed is such: a caller changes both together, and only together does it run.
+        """
+        if axis != 0 or not isinstance(self._values[index], torch.Tensor) or expr not in self._where:
+            return False
+        if isinstance(self._given_size(index, axis), Dim):  # the caller has named it as one of its own
+            return False
+        return self.example_size(expr) == self.example_size(batch)
+
     def _accepts(self, rules: Rules, inputs: Inputs, symbol: sympy.Symbol, size: int) -> bool:
-        changed = self.resized(inputs, {symbol: size})
+        beside = {expr for index, axis, expr in self._found if self._moves_along(index, axis, expr, symbol)}
+        changed = self.resized(inputs, dict.fromkeys({symbol, *beside}, size))
         if changed is None:
             return False
         try:

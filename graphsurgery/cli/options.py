@@ -7,8 +7,8 @@ import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from graphsurgery import Pass
 from graphsurgery.cli.errors import UsageError, nearest
-from graphsurgery.rewrite import Pass
 
 __all__ = ["with_options"]
 

@@ -69,6 +69,32 @@ def test_verification_keeps_sizes_that_depend_on_the_batch_together(kind: str) -
         torch.testing.assert_close(result.module(*run.inputs.args), model(*run.inputs.args))
 
 
+def test_a_mask_that_no_condition_ties_to_the_batch_changes_with_it() -> None:
+    class Masked(nn.Module):
+        """As in transformers: the mask is read by row numbers, and not at all where it is all ones."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            hidden = self.table(ids)
+            if torch.compiler.is_compiling() or not bool((mask == 1).all()):
+                hidden = hidden * mask[torch.arange(ids.shape[0])].unsqueeze(-1)
+            result: torch.Tensor = self.head(hidden)
+            return result
+
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 9, (2, 5)), torch.ones(2, 5, dtype=torch.int64)
+    result = gs.optimize(Masked().eval(), {"ids": ids, "mask": mask})
+    assert capture_info(result.graph_module).batch_axes == ((0, 0, 1, 0), (1, 0, 1, 0))
+    verdict = result.report.verification
+    assert verdict is not None
+    assert verdict.ok
+    assert len(verdict.batch_sizes) > 1
+    assert not any("declined" in note for note in verdict.notes)
+
+
 # -- sizes of 0 and 1
 
 
