@@ -153,11 +153,9 @@ class InputSizes:
         batch = self._batch()
         if batch is None:
             return None
-        found = []
+        found = [(self._order[index], 0, 1, 0) for index, expr in self._beside(batch) if expr != batch]
         for index, axis, expr in self._found:
             if batch not in expr.free_symbols:
-                if axis == 0 and (index, expr) in self._beside(batch):
-                    found.append((self._order[index], 0, 1, 0))
                 continue
             factor, offset = expr.coeff(batch, 1), expr.subs(batch, 0)
             if not (factor.is_Integer and offset.is_Integer and expr == factor * batch + offset):
@@ -176,11 +174,13 @@ class InputSizes:
 
     def _accepts(self, rules: Rules, inputs: Inputs, symbol: sympy.Symbol, size: int) -> bool:
         changed = self.resized(inputs, dict.fromkeys((symbol, *(e for _, e in self._beside(symbol))), size))
+        if changed is None:
+            return False
         try:
-            check_inputs(self.flat(changed or inputs), *rules[:3])
+            check_inputs(self.flat(changed), *rules[:3])
         except ValueError:
             return False
-        return changed is not None
+        return True
 
     # -- rules
 
