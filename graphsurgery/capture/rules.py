@@ -153,11 +153,9 @@ class InputSizes:
         batch = self._batch()
         if batch is None:
             return None
-        found = []
+        found = [(self._order[index], 0, 1, 0) for index, expr in self._beside(batch) if expr != batch]
         for index, axis, expr in self._found:
             if batch not in expr.free_symbols:
-                if self._moves_along(index, axis, expr, batch):
-                    found.append((self._order[index], 0, 1, 0))
                 continue
             factor, offset = expr.coeff(batch, 1), expr.subs(batch, 0)
             if not (factor.is_Integer and offset.is_Integer and expr == factor * batch + offset):
@@ -166,20 +164,16 @@ class InputSizes:
             found.append((self._order[index], axis if tensor else -1, int(factor), int(offset)))
         return tuple(sorted(found))
 
-    def _moves_along(self, index: int, axis: int, expr: sympy.Expr, batch: sympy.Symbol) -> bool:
-        """Whether a leading size that no condition ties to the batch is as large in the example.
-
-        A mask that is only indexed is such: a caller changes both together, and only together does it run.
-        """
-        if axis != 0 or not isinstance(self._values[index], torch.Tensor) or expr not in self._where:
-            return False
-        if isinstance(self._given_size(index, axis), Dim):  # the caller has named it as one of its own
-            return False
-        return self.example_size(expr) == self.example_size(batch)
+    def _beside(self, batch: sympy.Symbol) -> set[tuple[int, sympy.Expr]]:
+        """Leading sizes that no condition ties to the batch, as those of a mask that is only indexed."""
+        tensors = (
+            (i, e) for i, axis, e in self._found if axis == 0 and isinstance(self._values[i], torch.Tensor)
+        )
+        own = ((i, e) for i, e in tensors if e in self._where and not isinstance(self._given_size(i), Dim))
+        return {(i, e) for i, e in own if self.example_size(e) == self.example_size(batch)}
 
     def _accepts(self, rules: Rules, inputs: Inputs, symbol: sympy.Symbol, size: int) -> bool:
-        beside = {expr for index, axis, expr in self._found if self._moves_along(index, axis, expr, symbol)}
-        changed = self.resized(inputs, dict.fromkeys({symbol, *beside}, size))
+        changed = self.resized(inputs, dict.fromkeys((symbol, *(e for _, e in self._beside(symbol))), size))
         if changed is None:
             return False
         try:

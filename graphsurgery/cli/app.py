@@ -11,15 +11,16 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.text import Text
 
 import graphsurgery as gs
 from graphsurgery.cli import run, show
@@ -173,7 +174,7 @@ def optimize(
     if as_json:
         typer.echo(outcome.report.to_json())
     else:
-        OUT.print(*show.outcome(outcome), sep="\n", highlight=False)
+        _show(show.outcome(outcome))
     return 0 if outcome.ok else 1
 
 
@@ -213,7 +214,7 @@ def verify(
     if as_json:
         typer.echo(run.verdict_json(found))
     else:
-        OUT.print(*show.compared(found), sep="\n", highlight=False)
+        _show(show.compared(found))
     return 0 if found.verdict.ok else 1
 
 
@@ -225,7 +226,7 @@ def inspect(model: Model, inputs: Inputs = None, as_json: Json = False) -> int:
     if as_json:
         typer.echo(found.to_json())
     else:
-        OUT.print(*show.inspection(found), sep="\n", highlight=False)
+        _show(show.inspection(found))
     return 0
 
 
@@ -255,7 +256,7 @@ def split_head(
     if as_json:
         typer.echo(found.report.to_json())
     else:
-        OUT.print(*show.outcome(found), sep="\n", highlight=False)
+        _show(show.outcome(found))
     return 0
 
 
@@ -270,8 +271,14 @@ def passes(as_json: Json = False) -> int:
     if as_json:
         typer.echo(json.dumps(described, indent=2))
     else:
-        OUT.print(show.passes(described), highlight=False)
+        _show([show.passes(described)])
     return 0
+
+
+def _show(parts: Iterable[RenderableType]) -> None:
+    """Print tables in the terminal's width, sentences whole: a broken path cannot be clicked or searched."""
+    for part in parts:
+        OUT.print(part, highlight=False, soft_wrap=isinstance(part, (str, Text)))
 
 
 def _split(names: list[str] | None) -> tuple[str, ...] | None:

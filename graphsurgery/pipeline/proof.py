@@ -164,8 +164,7 @@ class Proof:
         Raises:
             VerificationError: No pass is to blame: what was captured, or what is restored from it, differs.
         """
-        failures, seconds = list(result.failures), dict(result.seconds)
-        remaining, sealed = manager.passes, dict(manager.sealed)
+        failures, seconds, sealed = list(result.failures), dict(result.seconds), dict(manager.sealed)
         while not (verdict := self.baseline_of(result.graph_module).compare(module)).ok:
             index, reason = self._culprit(result, verdict)
             step = result.steps[index]
@@ -180,9 +179,9 @@ class Proof:
                     for changes, why in found.wrong
                 ]
             whole = {f.pass_name for f in failures if f.code != "no-fixed-point" and not f.changes}
-            remaining = tuple(item for item in remaining if item.name not in whole)
-            again = PassManager(remaining, check=manager.check, on_event=manager.on_event, sealed=sealed)
-            result = again(self.captured)
+            remaining = tuple(item for item in manager.passes if item.name not in whole)
+            manager = PassManager(remaining, check=manager.check, on_event=manager.on_event, sealed=sealed)
+            result = manager(self.captured)
             failures += result.failures
             for name, spent in result.seconds.items():
                 seconds[name] += spent
@@ -200,7 +199,7 @@ class Proof:
         """The changes that make a step wrong; None where they cannot be told from the others."""
         step = result.steps[index]
         before = result.steps[index - 1].graph_module if index else self.captured
-        (item,) = (each for each in manager.passes if each.name == step.pass_name)
+        item = manager.passes[step.index]
         known = sealed.get(step.pass_name, frozenset())
 
         def attempt(names: frozenset[str]) -> Attempt:

@@ -13,7 +13,7 @@ from graphsurgery.verify.verdict import Verdict
 
 __all__ = ["SCHEMA_VERSION", "Captured", "Figures", "OnnxFile", "PassCheck", "Report", "TensorSpec"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Report:
         after: Figures of the final graph.
         changes: Rewrites made.
         refusals: Rewrites declined on the final graph.
-        failures: Passes that were rolled back.
+        failures: Passes that were rolled back, whole or some of their changes.
         verify_mode: How it was verified: `"final"`, `"each-pass"` or `"off"` (not verified).
         verification: Verdict on the result against the original in torch; None when off.
         pass_checks: Checks of single passes, with `verify="each-pass"`.

@@ -181,7 +181,7 @@ class _Run:
             return False
         if result.modified:
             self.current, self.outputs = tried.after, tried.outputs
-            self.steps.append(Step(declared.name, self.round, self.current.gm, result.changes))
+            self.steps.append(Step(declared.name, self.round, self.current.gm, result.changes, index))
         else:
             self.settled[index] = self.current.print
         self._tell("pass-done", index, changes=len(result.changes))

@@ -58,7 +58,8 @@ class PassFailure:
         pass_name: The culprit.
         code: Stable code: `raised`, `input-modified`, `not-a-result`, `false-no-change`, `false-change`,
             `lint`, `meta`,
-            `signature`, `shapes`, `dtypes`, `values`, `check`, `no-fixed-point`.
+            `signature`, `shapes`, `dtypes`, `values`, `check`, `no-fixed-point`; of the check at the end:
+            `verification`.
         reason: One sentence.
         round: The round in which it happened, from 1.
         changes: The changes that were undone, all else of the pass being kept; empty where it was rolled back
@@ -81,12 +82,14 @@ class Step:
         round: Which round, from 1.
         graph_module: The graph after it (tensors shared with its neighbours).
         changes: The rewrites it made.
+        index: Position of the pass among those of the manager, where a name may stand twice.
     """
 
     pass_name: str
     round: int
     graph_module: fx.GraphModule
     changes: tuple[Change, ...]
+    index: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class ManagerResult:
         graph_module: The final graph; the very input when nothing changed.
         changes: All rewrites kept, in order.
         refusals: What each pass declined in its last run: findings on the final graph.
-        failures: Passes rolled back.
+        failures: Passes rolled back, whole or some of their changes.
         steps: The kept runs in order, with the graph after each.
         rounds: Rounds run.
         seconds: Time spent in each pass, checks included, by name.

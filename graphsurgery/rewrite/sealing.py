@@ -78,7 +78,8 @@ def separate(failed: Attempt, attempt: Callable[[frozenset[str]], Attempt]) -> S
 
     Args:
         failed: The run in which it was found wrong.
-        attempt: Runs the pass with calls of these names sealed.
+        attempt: Runs the pass with calls of these names sealed. Where wrong changes are found, its last run
+            is the one without them.
 
     Returns:
         The wrong changes; None where leaving them out does not help: nothing right would be left, the pass is
@@ -105,7 +106,7 @@ def separate(failed: Attempt, attempt: Callable[[frozenset[str]], Attempt]) -> S
             return None
         wrong.append((culprit, reason))
         sealed |= _names([culprit])
-        failed = last if sealed == nothing else attempt(sealed)
+        failed = last if len(groups) == 1 else attempt(sealed)  # of one group that run was the last
         if failed.reason is None:
             kept = failed.changes and _heeded(failed, sealed)
             return Separated(sealed, tuple(wrong)) if kept else None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import graphsurgery as gs
-from graphsurgery.cli.app import main
+from graphsurgery.cli.app import OUT, main
 
 MODELS = '''
 import torch
@@ -88,7 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> str:
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(OUT, "_width", 200)  # whatever the terminal says
 
 
 def run(*argv: str) -> int:

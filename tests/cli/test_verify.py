@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from graphsurgery.cli.app import main
+from graphsurgery.cli.app import OUT, main
 
 MODELS = """
 import torch
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(OUT, "_width", 250)  # whatever the terminal says
 
 
 def run(*argv: str) -> int:
@@ -95,7 +95,11 @@ def test_exported_programs_are_compared(capsys: pytest.CaptureFixture[str]) -> N
     assert "in head" in out
 
 
-def test_a_difference_is_located(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [250, 60])
+def test_a_difference_is_located(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OUT, "_width", width)  # sentences are not broken on a narrow terminal
     assert run("verify", "verify_models.py:net", "bad.onnx", *INPUT) == 1
     out = capsys.readouterr().out
     assert "first difference: Gemm" in out

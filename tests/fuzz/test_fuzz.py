@@ -39,8 +39,7 @@ def test_random_networks_hold(part: int) -> None:
     print(f"seeds {seeds.start} to {seeds[-1]}, every {PARTS}th")
     summary = run(seeds, onnx_every=50, verify_every=4, shrink=60)
     found.add(summary)
-    if summary.failures:
-        pytest.fail(summary.failures[min(summary.failures)])
+    assert not summary.failures, summary.failures[min(summary.failures)]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_the_certificate_sees_every_mutation_that_changes_the_function(family: s
 
 def test_a_spoilt_rewrite_is_let_through_only_by_the_saboteur() -> None:
     """Where the certificate is left alone, the same wrong number makes the pass decline."""
-    model, example = Network(random_row("linear", 0)).build()
+    model, example = Network(random_row("linear", 1)).build()
     gm = gs.capture(model, example)
     saboteur = Saboteur("coefficient", 0)
     with spoiling(saboteur):
@@ -48,7 +48,7 @@ def test_a_spoilt_rewrite_is_let_through_only_by_the_saboteur() -> None:
 
 
 def test_a_saboteur_without_a_target_changes_nothing() -> None:
-    model, example = Network(random_row("linear", 0)).build()
+    model, example = Network(random_row("linear", 1)).build()
     gm = gs.capture(model, example)
     saboteur = Saboteur("coefficient", 99)
     with spoiling(saboteur):

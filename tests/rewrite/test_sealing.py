@@ -97,6 +97,15 @@ def test_the_wrong_folds_alone_are_undone(
     assert gs.Report.from_json(result.report.to_json()) == result.report
 
 
+def test_a_pass_may_stand_twice(deep: nn.Module, picture: Tensor) -> None:
+    """The step knows which of two passes of one name made it."""
+    result = gs.optimize(deep, picture, passes=[Careless(wrong=("layers.6",)), Careless()])
+    assert len(result.report.changes) == BLOCKS - 1
+    (failure,) = result.report.failures
+    assert "layers.6" in {ref.module for change in failure.changes for ref in change.before}
+    assert gs.verify(deep, result.module, picture).ok
+
+
 def test_without_a_wrong_fold_nothing_is_undone(deep: nn.Module, picture: Tensor) -> None:
     result = gs.optimize(deep, picture, passes=[Careless()])
     assert len(result.report.changes) == BLOCKS
@@ -162,11 +171,10 @@ def _change(*before: str, after: str = "") -> Change:
 
 def _searched(changes: list[Change], wrong: set[str]) -> tuple[frozenset[str] | None, int]:
     """What is sealed, and after how many runs; a change is wrong if it replaces a node of `wrong`."""
-    runs = 0
+    runs: list[frozenset[str]] = []
 
     def run(sealed: frozenset[str]) -> Attempt:
-        nonlocal runs
-        runs += 1
+        runs.append(sealed)
         made: list[Change] = []
         missing = set(sealed)
         for change in changes:  # what builds on a change that is not made cannot be made
@@ -178,7 +186,10 @@ def _searched(changes: list[Change], wrong: set[str]) -> tuple[frozenset[str] | 
         return Attempt(tuple(made), "wrong" if bad else None)
 
     found = separate(run(frozenset()), run)
-    return (None if found is None else found.sealed), runs
+    if found is None:
+        return None, len(runs)
+    assert runs[-1] == found.sealed  # the manager keeps the last run
+    return found.sealed, len(runs)
 
 
 @pytest.mark.parametrize("culprits", [{0}, {99}, {41}, {3, 4, 77}])
