@@ -111,6 +111,27 @@ def test_captures_a_conv_net_at_any_batch_in_the_dialect() -> None:
     assert isinstance(conv.meta["val"].shape[0], torch.SymInt)
 
 
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2.0
+
+
+class Helped(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._inner(x)
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        return _doubled(torch.relu(x))
+
+
+def test_the_source_line_is_the_call_not_the_helper_around_it() -> None:
+    gm = capture(Helped(), torch.randn(2, 3))
+    lines = [source_line(node) for node in gm.graph.nodes if node.op == "call_function"]
+    assert [line.split(", ", 1)[1] for line in lines] == [
+        "in _inner: return _doubled(torch.relu(x))",
+        "in _doubled: return x * 2.0",
+    ]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_the_example_batch_does_not_matter(batch: int) -> None:
     model = warmed(ConvNet())

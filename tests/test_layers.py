@@ -106,6 +106,15 @@ def test_no_file_is_long(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_compiler_is_not_loaded_by_an_import(path: Path) -> None:
+    """`torch._dynamo` takes seconds to load, which a command that only prints has to wait for."""
+    top = ast.parse(path.read_text(encoding="utf-8")).body
+    names = [name for node in top if isinstance(node, ast.Import) for name in (a.name for a in node.names)]
+    names += [str(node.module) for node in top if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in names if name.startswith(("torch._dynamo", "torch._inductor"))]
+
+
 def test_detects_a_wrong_import() -> None:
     assert rooms_imported("from graphsurgery.passes.fold_affine import FoldAffine") == {"passes"}
     assert rooms_imported("def f():\n    import graphsurgery.verify") == {"verify"}

@@ -112,7 +112,7 @@ def _named(scope: Scope, heavy: Sequence[fx.Node], path: str) -> Head:
     paths = list(dict.fromkeys(_path(node) for node in heavy))
     inside = [name for name in paths if path and name.startswith(path + ".")]
     near = inside or difflib.get_close_matches(path, paths, n=3, cutoff=0.4) or paths[-3:]
-    hint = f"did you mean one of {', '.join(map(repr, near))}?" if near else "no layer of it multiplies"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no layer of it multiplies"
     raise NoHead("no-head", f"the network has no layer at {path!r}; {hint}")
 
 

@@ -57,6 +57,13 @@ class Subspace:
         """How many outputs the head has."""
         return int(self.R.shape[1])
 
+    def __str__(self) -> str:
+        wide = f"{self.features} features" + (" and the bias" if self.bias else "")
+        return (
+            f"rank {self.rank} of {self.width} ({wide}) for {self.outputs} outputs: {self.rank} "
+            f"class-specific directions, {self.width - self.rank} residual"
+        )
+
     def coordinates(self, features: torch.Tensor) -> torch.Tensor:
         """The coordinates `f' Q` of features: class-specific ones first, `rank` of them, then residual ones.
 

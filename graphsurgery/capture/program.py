@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from graphsurgery.capture.dynamic import check_dynamic_shapes, explain, of_one
+from graphsurgery.capture.frames import helper_frames
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
@@ -104,7 +105,7 @@ def quiet() -> Iterator[None]:
 
 
 def _export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
-    with quiet(), torch.no_grad():
+    with quiet(), helper_frames(), torch.no_grad():
         return torch.export.export(
             model, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )

@@ -148,7 +148,11 @@ def _told(baseline: Baseline, chain: Chain, step: Step, found: Found, case: str)
             f"{error.reason}"
         )
         if found.before:
-            reason += f"; the {len(found.before)} values that it is made of agree"
+            reason += (
+                "; the value that it is made of agrees"
+                if len(found.before) == 1
+                else f"; the {len(found.before)} values that it is made of agree"
+            )
     return Localization(
         found=first is not None,
         reason=reason,

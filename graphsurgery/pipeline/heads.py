@@ -66,6 +66,11 @@ class FeatureEnergy:
         """Class-specific share of the variance, 0 to 1; NaN where the features do not vary."""
         return self.class_variance / self.variance if self.variance else float("nan")
 
+    def __str__(self) -> str:
+        energy, variance = f"{self.share:.1%}", f"{self.variance_share:.1%}"
+        parts = f"{energy} of the energy and {variance} of the variance"
+        return f"{self.vectors} feature vectors: {parts} are class-specific"
+
 
 @dataclass(frozen=True)
 class HeadSubspace(Subspace):
@@ -80,6 +85,9 @@ class HeadSubspace(Subspace):
     head: str
     feature_axis: int
     feature_module: fx.GraphModule = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.head}: {super().__str__()}"
 
     def energy(self, batches: Iterable[Any]) -> FeatureEnergy:
         """Measure the share of the features that lies in the class-specific space, over a data loader.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections import Counter
 from collections.abc import Iterable
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +16,10 @@ from graphsurgery.report.model import Report
 from graphsurgery.rewrite.contracts import Change, NodeRef, Refusal
 
 __all__ = ["changes_text", "figures_table", "plain_text", "refusals_text", "render", "verification_text"]
+
+
+_NAMED = 12
+"""Modules, and operations, of one change that are named one by one; the JSON report has them all."""
 
 
 def plain_text(report: Report, *, width: int = 100, limit: int | None = None) -> str:
@@ -48,7 +54,7 @@ def render(report: Report, *, limit: int | None = None) -> RenderableType:
         line = f"rolled back: {where}: {failure.reason}"
         if failure.changes:
             replaced = tuple(ref for change in failure.changes for ref in change.before)
-            what = f"{_place(replaced)}{' + '.join(ref.op for ref in replaced)}"
+            what = f"{_place(replaced)}{_ops(replaced)}"
             line = f"undone, all else of the pass kept: {where}: {what}: {failure.reason}"
         parts.append(Text(line, style="bold red"))
     parts.append(verification_text(report))
@@ -56,11 +62,19 @@ def render(report: Report, *, limit: int | None = None) -> RenderableType:
 
 
 def _headline(report: Report) -> Text:
-    inputs = ", ".join(f"{i.name} {'x'.join(i.shape) or 'scalar'} {i.dtype}" for i in report.captured.inputs)
+    inputs = ", ".join(f"{i.name} {_shape(i.shape)} {i.dtype}" for i in report.captured.inputs)
     total = sum(seconds for name, seconds in report.seconds.items() if not name.startswith("pass:"))
+    count = len(report.changes)
     return Text.assemble(
-        (report.model, "bold"), f" ({inputs}), {len(report.changes)} changes in {total:.1f} s"
+        (report.model, "bold"), f" ({inputs}), {count} change{'' if count == 1 else 's'} in {total:.1f} s"
     )
+
+
+def _shape(sizes: tuple[str, ...]) -> str:
+    """The sizes, a free leading one as N and not by torch's symbol for it."""
+    if sizes and re.fullmatch(r"s\d+", sizes[0]):
+        sizes = ("N", *sizes[1:])
+    return "x".join(sizes) or "scalar"
 
 
 def figures_table(report: Report) -> Table:
@@ -103,8 +117,8 @@ def changes_text(changes: Iterable[Change], *, limit: int | None = None) -> Rend
     """The changes, grouped by pass and kind."""
     groups: dict[tuple[str, str], list[Text]] = {}
     for change in changes:
-        before = " + ".join(ref.op for ref in change.before) or ", ".join(change.parameters)
-        after = " + ".join(ref.op for ref in change.after) or "nothing"
+        before = _ops(change.before) or ", ".join(change.parameters)
+        after = _ops(change.after) or "nothing"
         line = Text(f"{_place(change.before or change.after)}{before} -> {after}")
         if change.residual is not None:
             line.append(f"  (certificate {change.residual:.1e})")
@@ -128,7 +142,16 @@ def refusals_text(refusals: Iterable[Refusal], *, limit: int | None = None) -> R
 
 def _place(refs: tuple[NodeRef, ...]) -> str:
     modules = list(dict.fromkeys(ref.module for ref in refs if ref.module))
-    return f"{', '.join(modules)}: " if modules else ""
+    more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+    return f"{', '.join(modules[:_NAMED])}{more}: " if modules else ""
+
+
+def _ops(refs: tuple[NodeRef, ...]) -> str:
+    """The operations in order; of many, how often each."""
+    ops = [ref.op for ref in refs]
+    if len(ops) > _NAMED:
+        ops = [f"{count} {op}" for op, count in Counter(ops).most_common()]
+    return " + ".join(ops)
 
 
 def _groups(

@@ -14,7 +14,6 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -227,6 +226,8 @@ class _Trace:
 
     def _symbol(self, key: str, hint: int) -> torch.SymInt:
         if key not in self._sizes:
+            from torch._dynamo.source import ConstantSource  # loads the whole compiler: seconds
+
             source = ConstantSource(key)
             symbol = self.env.create_symbol(hint, source, DimDynamic.DYNAMIC)
             self._sizes[key] = self.env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[assignment]

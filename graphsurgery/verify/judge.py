@@ -60,6 +60,12 @@ def judge(baseline: Baseline, candidate: Runner) -> Verdict:
         for v in verdicts
         if v.nan and v.ok
     ]
+    notes += [
+        f"output {output.name!r} is the same on every input that was tried (a last layer of zeros?): that it "
+        "agrees says nothing of the layers before it"
+        for output in baseline.outputs
+        if _same_everywhere(baseline, output)
+    ]
     ok = all(verdict.ok for verdict in verdicts)
     return _verdict(baseline, candidate, ok, _summary(verdicts), verdicts, tuple(notes))
 
@@ -205,6 +211,21 @@ def _conclude(verdict: OutputVerdict, native: Comparison, exact: Comparison | No
     return dataclasses.replace(verdict, reason=reason)
 
 
+def _same_everywhere(baseline: Baseline, output: Output) -> bool:
+    """Whether the reference gave one value for all cases, of which there are two at least."""
+    first: dict[torch.Size, Tensor] = {}
+    cases = 0
+    for run, anchor in enumerate(output.anchor):
+        rows = baseline.canonical(anchor, run)
+        if not rows.numel():
+            continue
+        one = first.setdefault(rows.shape[1:], rows[0])
+        if not torch.equal(torch.nan_to_num(rows), torch.nan_to_num(one.expand_as(rows))):
+            return False
+        cases += len(rows)
+    return len(first) == 1 and cases > 1
+
+
 def _difference(failed: Comparison) -> str:
     where = "" if failed.precision == "native" else " with both cast to float64"
     return (
@@ -286,5 +307,6 @@ def _summary(verdicts: tuple[OutputVerdict, ...]) -> str:
         return f"output {failed[0].name!r}: {failed[0].reason}{more}"
     elements = sum(verdict.elements for verdict in verdicts)
     worst = max(verdicts, key=lambda v: v.native.factor_needed / v.native.factor if v.native else -math.inf)
-    outputs = f"{len(verdicts)} output{'s' if len(verdicts) != 1 else ''}, {elements} values"
-    return f"{outputs}: {worst.reason}"
+    if len(verdicts) == 1:
+        return f"1 output, {elements} values: {worst.reason}"
+    return f"{len(verdicts)} outputs, {elements} values; nearest to its limit {worst.name!r}: {worst.reason}"

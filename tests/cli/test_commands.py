@@ -232,7 +232,7 @@ def test_a_pass_of_another_package_runs_when_named(
         (("optimize", "{m}:net", "-o", "n.onnx", *INPUT, "--passes", "split-head"), "(`split_head` does)"),
         (
             ("split-head", "{m}:net", "-o", "n.onnx", *INPUT, "--head", "secnd"),
-            "did you mean one of 'second'",
+            "did you mean 'second'",
         ),
         (("split-head", "{m}:net", "-o", "gone/n.onnx", *INPUT), "the folder gone does not exist"),
         (("inspect", "{m}:net"), "brings no example inputs"),

@@ -352,7 +352,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("build", "head", "code", "said"),
     [
-        (lambda: Net(nn.Linear(12, 5)), "haed", "no-head", "did you mean one of 'head'"),
+        (lambda: Net(nn.Linear(12, 5)), "haed", "no-head", "did you mean 'head'"),
         (lambda: Net(nn.Sequential(nn.Linear(12, 5))), "head", "no-head", "'head.0'"),
         (lambda: Call(torch.relu), None, "no-head", "nothing multiplies"),
         (lambda: Call(lambda x: x.argmax(1)), None, "no-head", "no output of floating-point"),

@@ -194,7 +194,7 @@ def test_unions_and_fixed_tuples_are_read() -> None:
 def test_text_shows_figures_changes_refusals_failures_and_verdicts(report: Report) -> None:
     text = str(report)
     for words in [
-        "Net (image s77x3x8x8 float32), 2 changes in 0.5 s",
+        "Net (image Nx3x8x8 float32), 2 changes in 0.5 s",
         "captured as eval",
         "fold-affine, conv+norm (1)",
         "stem.conv, stem.norm: conv2d + batch_norm -> conv2d (certificate 3.0e-16)",
@@ -226,6 +226,13 @@ def test_text_can_be_cut(report: Report) -> None:
     text = plain_text(report, limit=1)
     assert "... and 2 more" in text
     assert "block2.norm" not in text
+
+
+def test_text_of_a_change_of_many_calls_counts_them(report: Report) -> None:
+    refs = tuple(replace(report.changes[0].before[0], op=f"op{i % 2}", module=f"block{i}") for i in range(21))
+    text = " ".join(str(replace(report, changes=(replace(report.changes[0], before=refs),))).split())
+    assert "block10, block11 and 9 more: 11 op0 + 10 op1 -> conv2d" in text
+    assert "1 change in 0.5 s" in text
 
 
 def test_text_takes_brackets_as_text(report: Report) -> None:

@@ -585,3 +585,19 @@ def test_an_output_that_has_elements_in_some_runs_only() -> None:
     assert verdict.ok, str(verdict)
     assert verdict.outputs[0].elements > 0
     assert not verify(Positive(), Wrong(), x).ok
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1], ids=["zeros", "weights"])
+def test_an_output_that_never_changes_is_noted(spread: float) -> None:
+    """Networks are often made with a last layer of zeros: equal outputs then say nothing of the rest."""
+
+    def network(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        made = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        nn.init.constant_(made[2].weight, spread)  # type: ignore[arg-type]
+        nn.init.constant_(made[2].bias, 0.5)  # type: ignore[arg-type]
+        return made.eval()
+
+    verdict = verify(network(1), network(2), torch.randn(2, 8, generator=generator(3)))
+    assert verdict.ok is (spread == 0.0)
+    assert any("the same on every input that was tried" in note for note in verdict.notes) is (spread == 0.0)
