@@ -38,6 +38,7 @@ from graphsurgery.affine.certify import LIMIT
 from graphsurgery.affine.certify_spread import residual
 from graphsurgery.affine.per_position import acts_per_position, is_pointwise
 from graphsurgery.affine.pointwise import memory_readers
+from graphsurgery.affine.pools import keeps_all, pool_call, pooled, takes_whole_map
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.spread import Flat, NoMap, Spread, Twin, linear_of
 from graphsurgery.cost import Cost, node_cost, op_name
@@ -45,13 +46,14 @@ from graphsurgery.errors import PassError
 from graphsurgery.graph import INFO_KEY, CaptureInfo, annotate, copy_graph_module, delete_unused_attrs, origin
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
 from graphsurgery.rewrite.free_sizes import FixedSize, free_axes, free_sizes
-from graphsurgery.rewrite.moves import axis_order, is_reshape
+from graphsurgery.rewrite.moves import axis_order, is_reshape, merged_axes
 from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["FullyConvolutional"]
 
 aten = torch.ops.aten
+_COPIES = ("clone", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -83,39 +85,75 @@ class FullyConvolutional(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
-        surgery = _Surgery(gm, self.scores)
-        try:
-            heads = surgery.heads()
-            if not heads:
-                return PassResult(gm)
-            return PassResult(surgery.gm, (surgery.operate(heads),))
-        except (NoMap, FixedSize) as declined:
-            refusal = Refusal(self.name, declined.code, (NodeRef.of(declined.node),), str(declined))
+        reasons: list[NoMap | FixedSize] = []  # the more telling the further ahead
+        for channels_last in (False, True):
+            surgery = _Surgery(gm, self.scores, channels_last)
+            try:
+                heads = surgery.heads()
+                if not heads:
+                    return PassResult(gm)
+                entries, flattened = {head.entry for head in heads}, surgery.old[heads[0].flattened]
+                return PassResult(surgery.gm, (surgery.operate(heads),))
+            except NoMap as declined:
+                reasons = [declined]
+                break
+            except FixedSize as declined:
+                if declined.node not in surgery.old:
+                    reasons.append(_without_channels(flattened))  # the kernel does not fit
+                elif declined.node in entries:
+                    reasons.append(declined)
+                else:
+                    reasons.insert(0, declined)
+        refusal = Refusal(self.name, reasons[0].code, (NodeRef.of(reasons[0].node),), str(reasons[0]))
         return PassResult(gm, (), (refusal,))
 
 
 @dataclass(frozen=True)
 class _Head:
-    """A map and how it is flattened."""
+    """A map and how it is flattened.
+
+    Attributes:
+        entry: the map, with its channels on axis `flat.channels`.
+        flattened: what a Linear reads.
+        flat: how it lists the map.
+    """
 
     entry: fx.Node
     flattened: fx.Node
     flat: Flat
 
+    @property
+    def positions(self) -> list[int]:
+        """The axes of `entry` that are positions."""
+        return [axis for axis in range(1, len(self.flat.sizes) + 1) if axis != self.flat.channels]
+
 
 class _Surgery:
     """A copy of the graph under work."""
 
-    def __init__(self, original: fx.GraphModule, scores: str) -> None:
-        self.original, self.scores = original, scores
+    def __init__(self, original: fx.GraphModule, scores: str, channels_last: bool) -> None:
+        self.original, self.scores, self.channels_last = original, scores, channels_last
         self.gm = copy_graph_module(original)
         self.old = dict(zip(self.gm.graph.nodes, original.graph.nodes, strict=True))
-        self.pools = [node for node in self.gm.graph.nodes if _adaptive(node) and _keeps_all(node)]
-        for pool in self.pools:
-            pool.replace_all_uses_with(pool.args[0])
-            self.gm.graph.erase_node(pool)
+        self.scope = Scope(self.gm)
+        self.pools: list[fx.Node] = []
+        self._drop_pools()
         self.scope = Scope(self.gm)
         self.readers = memory_readers(self.scope)
+
+    def _drop_pools(self) -> None:
+        """Take the pools that keep the example's map off the way to a flatten; other readers keep them."""
+        leading = {node for node in self.gm.graph.nodes if self._flattened(node)}
+        for node in reversed(self.gm.graph.nodes):
+            if not leading.isdisjoint(node.users):
+                leading.add(node)
+        for node in list(self.gm.graph.nodes):
+            if node in leading and keeps_all(node):
+                node.replace_all_uses_with(pooled(node), delete_user_cb=leading.__contains__)
+                for unread in dict.fromkeys((node, pool_call(node))):
+                    if not unread.users:
+                        self.pools.append(unread)
+                        self.gm.graph.erase_node(unread)
 
     # -- what to rewrite
 
@@ -127,17 +165,27 @@ class _Surgery:
         """
         found = []
         for node in self.gm.graph.nodes:
-            if node.op != "call_function" or not is_tensor(node) or node in self.scope.constant:
-                continue
-            source = node.args[0] if node.args else None
-            if not isinstance(source, fx.Node) or not is_tensor(source) or tensor_meta(node).dim() != 2:
-                continue
-            if tensor_meta(source).dim() > 2 and self._feeds_linear(node):
-                if is_reshape(node) and self._flattens(node, source):
-                    found.append(self._head(node))
-                elif op_name(node) == "mean" and self._takes_all_positions(node, source):
-                    raise self._global_pool(node)
+            if self._flattened(node):
+                found.append(self._head(node))
+            elif self._lists(node) and takes_whole_map(node) and self._feeds_linear(node):
+                raise _global_pool(node)
         return found
+
+    def _lists(self, node: fx.Node) -> bool:
+        """Whether a live call makes a list for each sample of a value with more axes."""
+        if node.op != "call_function" or not is_tensor(node) or node in self.scope.constant:
+            return False
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or not is_tensor(source):
+            return False
+        return tensor_meta(node).dim() == 2 < tensor_meta(source).dim()
+
+    def _flattened(self, node: fx.Node) -> bool:
+        """Whether a value is a flattened map that a Linear reads; a view of tokens as rows is none."""
+        if not self._lists(node) or not is_reshape(node) or not self._feeds_linear(node):
+            return False
+        sizes = self.scope.shape(node.args[0])  # type: ignore[arg-type]  # the value that is reshaped
+        return self.scope.shape(node)[1] != sizes[-1] or 1 in sizes[1:]
 
     def _feeds_linear(self, node: fx.Node) -> bool:
         """Whether a Linear reads a value, perhaps behind other calls on lists of features."""
@@ -150,15 +198,6 @@ class _Surgery:
                     seen.add(user)
                     stack.append(user)
         return False
-
-    def _flattens(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether a reshape merges axes into the last one; a view of tokens as rows does not."""
-        return self.scope.shape(node)[1] != self.scope.shape(source)[-1] or 1 in self.scope.shape(source)[1:]
-
-    def _takes_all_positions(self, node: fx.Node, source: fx.Node) -> bool:
-        rank, axes = tensor_meta(source).dim(), node.args[1] if len(node.args) > 1 else None
-        given: Any = axes if isinstance(axes, (list, tuple)) else []
-        return {axis % rank for axis in given} == set(range(2, rank))
 
     def _head(self, node: fx.Node) -> _Head:
         source: Any = node.args[0]
@@ -173,15 +212,29 @@ class _Surgery:
             turned = axis_order(source)
             if turned is not None and turned[0] == 0:
                 order = [turned[axis] for axis in order]
-            elif order == sorted(order) and self._splits_maps(source):
-                order = list(range(tensor_meta(source.args[0]).dim()))  # flattened in one or in two steps
-            else:
+            elif self._splits_maps(source):
+                inner = self.scope.shape(source.args[0])
+                merged = merged_axes(inner, self.scope.shape(source))
+                if order == sorted(order):
+                    order = list(range(len(inner)))  # flattened in one or in two steps
+                elif merged is not None:
+                    order = [axis for group in order for axis in merged[group]]
+                else:
+                    break
+            elif op_name(source) not in _COPIES:
                 break
             moves.insert(0, source)
             source = source.args[0]
-        sizes = tuple(int(size) for size in tensor_meta(source).shape[1:])
+        rank = tensor_meta(source).dim()
+        channels = rank - 1 if self.channels_last else 1
+        axes = [channels, *(axis for axis in range(1, rank) if axis != channels)]
+        sizes = tuple(int(tensor_meta(source).shape[axis]) for axis in axes)
         self._look_for_pool(source)
-        return _Head(source, node, Flat(sizes, tuple(order[1:]), tuple(moves)))
+        return _Head(
+            source,
+            node,
+            Flat(sizes, tuple(1 + axes.index(axis) for axis in order[1:]), tuple(moves), channels),
+        )
 
     def _splits_maps(self, node: fx.Node) -> bool:
         """Whether a reshape gives the elements of each sample's map in other axes."""
@@ -196,26 +249,26 @@ class _Surgery:
         Raises:
             NoMap: there is one.
         """
-        while is_pointwise(node) or op_name(node) in ("batch_norm", "mean") or _adaptive(node):
-            source = node.args[0]
-            if op_name(node) == "mean" or (_adaptive(node) and _to_one(node)):
-                raise self._global_pool(node)
-            if _adaptive(node):
-                have, want = (_text(value, 2) for value in (source, node))  # type: ignore[arg-type]
+        while is_tensor(node):
+            if takes_whole_map(node):
+                raise _global_pool(node)
+            source: Any = pooled(node)
+            if source is not None:
+                have, want = _text(source, 2), _text(node, 2)
                 raise NoMap(
-                    "pool-not-identity", node, f"makes {want} of {have}; take an example whose map is {want}"
+                    "pool-not-identity",
+                    pool_call(node),
+                    f"makes {want} of {have}; take an example whose map is {want}"
+                    if all(isinstance(size, int) for size in tensor_meta(source).shape[2:])
+                    else f"makes {want} of a map of any size; take an example whose map is {want}, and fix "
+                    "its height and width in the capture: this pass frees them",
                 )
-            if not isinstance(source, fx.Node) or not is_tensor(source):
+            if not (is_pointwise(node) or op_name(node) == "batch_norm"):
+                return
+            source = node.args[0]
+            if not isinstance(source, fx.Node):
                 return
             node = source
-
-    def _global_pool(self, node: fx.Node) -> NoMap:
-        return NoMap(
-            "global-pool",
-            node,
-            "takes the mean of the whole map, which it can of a map of any size; "
-            "without it the scores at the example's size would be others",
-        )
 
     # -- rewriting it
 
@@ -233,8 +286,9 @@ class _Surgery:
                     "mixed-axes", head.flattened, "flattens a map of another rank than the one before it"
                 )
         spread = Spread(self.gm, self.scope.constant, self._own, rank)
-        for head in heads:
-            spread.twins[head.flattened] = Twin(head.entry, head.flat)
+        turned = [self._channels_first(head) for head in heads]
+        for head, made in zip(heads, turned, strict=True):
+            spread.twins[head.flattened] = Twin(made[-1] if made else head.entry, head.flat, made)
         for node in list(self.gm.graph.nodes):
             if node.op == "call_function" and any(read in spread.twins for read in node.all_input_nodes):
                 spread.write(node)
@@ -244,7 +298,7 @@ class _Surgery:
                 read = node.all_input_nodes
                 self.gm.graph.erase_node(node)  # a dropout counts as impure, so no sweep takes it
                 erase_unread(read)
-        free = free_sizes(self.gm, {head.entry: range(2, rank + 2) for head in heads})
+        free = free_sizes(self.gm, {head.entry: head.positions for head in heads})
         self._require_local([head.entry for head in heads], free)
         info = self.gm.meta.get(INFO_KEY)
         if isinstance(info, CaptureInfo):
@@ -253,6 +307,18 @@ class _Surgery:
         self.gm.graph.lint()
         self.gm.recompile()
         return self._change(spread, means, heads)
+
+    def _channels_first(self, head: _Head) -> tuple[fx.Node, ...]:
+        """The permute that gives a map as the kernel reads it, if it needs one."""
+        if head.flat.channels == 1:
+            return ()
+        with self.gm.graph.inserting_before(head.flattened):
+            made = self.gm.graph.call_function(
+                aten.permute.default, (head.entry, [0, head.flat.channels, *head.positions])
+            )
+        made.meta.update(origin(head.flattened))
+        annotate(self.gm, made)
+        return (made,)
 
     def _own(self, weight: fx.Node) -> bool:
         """Whether one call reads a weight, under this name alone."""
@@ -340,21 +406,21 @@ class _Surgery:
         )
 
 
-def _adaptive(node: fx.Node) -> bool:
-    return op_name(node).startswith("adaptive_avg_pool")
+def _without_channels(node: fx.Node) -> NoMap:
+    """Why the kernel fits a map neither with its channels on axis 1 nor with them on the last."""
+    source: fx.Node = node.args[0]  # type: ignore[assignment]  # the value that is reshaped
+    return NoMap(
+        "fixed-size", node, f"flattens {_text(source)}, of which neither axis 1 nor the last is of channels"
+    )
 
 
-def _keeps_all(node: fx.Node) -> bool:
-    """Whether an adaptive pool to more than one position gives the example's map as it is."""
-    sizes = [str(size) for size in tensor_meta(node).shape]
-    source: fx.Node = node.args[0]  # type: ignore[assignment]  # a pool reads a value
-    return sizes == [str(size) for size in tensor_meta(source).shape] and not _to_one(node)
-
-
-def _to_one(node: fx.Node) -> bool:
-    """Whether a pool leaves one position."""
-    sizes: Any = node.args[1]
-    return all(size == 1 for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes]))
+def _global_pool(node: fx.Node) -> NoMap:
+    return NoMap(
+        "global-pool",
+        pool_call(node),
+        f"takes the {takes_whole_map(node)} of the whole map, which it can of a map of any size; "
+        "without it the scores at the example's size would be others",
+    )
 
 
 def _cost(scope: Scope, nodes: list[fx.Node]) -> Cost:

@@ -37,6 +37,10 @@ def features(channels: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
 
 
+def _view(x: Tensor) -> Tensor:
+    return x.view(x.size(0), -1)
+
+
 class Classifier(nn.Module):
     """Features, something between, the flatten, and a head."""
 
@@ -176,6 +180,20 @@ def test_a_map_of_one_position() -> None:
         ("scale of features", lambda m, x: m.b(m.a(m.f(x).flatten(1)) * m.s + m.s[None])),
         ("residual in the head", lambda m, x: m.b((h := m.a(m.f(x).flatten(1))) + torch.relu(h))),
         ("features joined", lambda m, x: m.c(torch.cat([h := m.a(m.f(x).flatten(1)), h.relu()], 1))),
+        ("a copy in between", lambda m, x: m.b(m.a(_view(m.f(x).permute(0, 2, 3, 1).contiguous())))),
+        ("activation on channels last", lambda m, x: m.b(m.a(m.f(x).permute(0, 2, 3, 1).tanh().flatten(1)))),
+        ("norm on channels last", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).flatten(1)))),
+        ("and back", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)))),
+        ("tokens", lambda m, x: m.b(m.a(m.f(x).flatten(2).transpose(1, 2).flatten(1)))),
+        ("maximum pool", lambda m, x: m.b(m.a(nn.functional.adaptive_max_pool2d(m.f(x), (6, 7)).flatten(1)))),
+        ("one slope for the list", lambda m, x: m.b(m.a(m.p(m.f(x).flatten(1))))),
+        ("truth values", lambda m, x: m.b(torch.where((h := m.a(m.f(x).flatten(1))) > 0, h, 0.3 * h))),
+        ("a constant's truth values", lambda m, x: m.b(torch.where(m.s > 0, m.a(m.f(x).flatten(1)), 0.5))),
+        ("hardswish", lambda m, x: m.b(nn.functional.hardswish(m.a(m.f(x).flatten(1))))),
+        ("split", lambda m, x: m.g((h := m.a(m.f(x).flatten(1)).chunk(2, -1))[1].sigmoid() * h[0])),
+        ("slice", lambda m, x: m.g(m.a(m.f(x).flatten(1))[:, 1::2])),
+        ("less its mean", lambda m, x: m.b((h := m.a(m.f(x).flatten(1))) - h.mean(1, keepdim=True))),
+        ("of length one", lambda m, x: m.b(nn.functional.normalize(m.a(m.f(x).flatten(1))))),
         ("gated", lambda m, x: m.g(nn.functional.glu(m.a(m.f(x).flatten(1)), dim=-1))),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
@@ -186,7 +204,8 @@ def test_ways_to_write_a_head(name: str, function: Callable[..., Tensor]) -> Non
         lambda: Of(
             function,
             **{"f": features(), "a": nn.Linear(size, 10), "b": nn.Linear(10, 5), "c": nn.Linear(20, 5)},
-            **{"g": nn.Linear(5, 4), "w": nn.Parameter(torch.randn(size, 10) / 13), "s": torch.randn(10)},
+            **{"n": nn.LayerNorm(4), "p": nn.PReLU(), "g": nn.Linear(5, 4)},
+            **{"w": nn.Parameter(torch.randn(size, 10) / 13), "s": torch.randn(10)},
         )
     )
     result = convert(model, noise(2, 3, 14, 16))
@@ -266,6 +285,54 @@ def test_an_identity_pool_is_dropped() -> None:
     assert_equal_on_crops(model, result.graph_module, (14, 16))
 
 
+def test_a_mean_along_one_axis_is_no_global_pool() -> None:
+    """What is left is a map of one axis, which the head lists."""
+    model = seeded(lambda: Of(lambda m, x: m.a(m.f(x).mean(3).flatten(1)), f=features(), a=nn.Linear(24, 5)))
+    result = convert(model, noise(2, 3, 14, 16))
+    assert "a kernel of 6; axes 2 of input 'x'" in result.changes[0].detail
+    x = noise(2, 3, 20, 16)
+    with torch.no_grad():
+        scores = result.graph_module(x)
+        assert tuple(scores.shape) == (2, 5, 4)
+        for at in range(4):
+            assert_close(scores[:, :, at], model.double()(x[:, :, 2 * at : 2 * at + 14]))
+
+
+def test_a_cropped_shortcut() -> None:
+    """A valid convolution beside what it reads, cut to the same size: alike at every position."""
+    model = seeded(
+        lambda: Of(
+            lambda m, x: m.a((m.g(y := m.f(x)) + y[:, :, 1:-1, 1:-1]).flatten(1)),
+            **{"f": features(), "g": nn.Conv2d(4, 4, 3), "a": nn.Linear(80, 5)},
+        )
+    )
+    assert_equal_on_crops(model, convert(model, noise(2, 3, 14, 16)).graph_module, (14, 16))
+
+
+def test_a_pool_that_something_else_reads_stays_for_it() -> None:
+    """The head's is dropped; the output beside it has the pool's size at every size, as in the original."""
+    model = seeded(
+        lambda: Of(
+            lambda m, x: (m.a((y := nn.functional.adaptive_avg_pool2d(m.f(x), (6, 7))).flatten(1)), y.tanh()),
+            **{"f": features(), "a": nn.Linear(168, 5)},
+        )
+    ).double()
+    got = convert(model, noise(2, 3, 14, 16)).graph_module
+    single = Of(lambda m, x: m.inner(x)[0], inner=model)
+    assert_equal_on_crops(single, lambda x: got(x)[0], (14, 16))
+    larger = noise(2, 3, 20, 18)
+    with torch.no_grad():
+        assert_close(got(larger)[1], nn.functional.adaptive_avg_pool2d(model.f(larger), (6, 7)).tanh())
+
+
+def test_smaller_inputs_are_turned_away_by_name() -> None:
+    restored = gs.restore(convert(seeded(lambda: Classifier(mlp())), noise(2, 3, 14, 16)).graph_module)
+    with pytest.raises(
+        ValueError, match="input 'x' has the size 13 on axis 2, expected at least 14 for 'x_dim2'"
+    ):
+        restored(noise(2, 3, 13, 16))
+
+
 def test_padded_features_are_those_of_the_window() -> None:
     """At each position the original head on that window of the map; the crop itself differs at its edges."""
     front = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
@@ -305,6 +372,19 @@ def test_noop_on_what_has_no_flattened_map(function: Callable[..., Tensor]) -> N
 
 
 REFUSED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "pool of maxima": (
+        "pool-not-identity",
+        lambda m, x: m.l(nn.functional.adaptive_max_pool2d(m.f(x), 3).flatten(1)),
+    ),
+    "global maximum": (
+        "global-pool",
+        lambda m, x: m.t(nn.functional.adaptive_max_pool2d(m.f(x), 1).flatten(1)),
+    ),
+    "largest": ("global-pool", lambda m, x: m.t(m.f(x).amax((2, 3)))),
+    "slopes of the list": ("position-weights", lambda m, x: m.a(nn.functional.prelu(m.f(x).flatten(1), m.s))),
+    "a channel flattened": ("fixed-size", lambda m, x: m.c(m.f(x)[:, 0].flatten(1))),
+    "norm of tokens": ("fixed-size", lambda m, x: m.a(m.q(m.f(x).flatten(2).transpose(1, 2)).flatten(1))),
+    "best class": ("no-map-form", lambda m, x: m.a(m.f(x).flatten(1)).argmax(1)),
     "another pool": (
         "pool-not-identity",
         lambda m, x: m.l(nn.functional.adaptive_avg_pool2d(m.f(x), 3).flatten(1)),
@@ -337,7 +417,7 @@ def test_refuses(name: str) -> None:
     infinite = torch.randn(10, 3)
     infinite[2, 1] = float("inf")
     parts = {"f": features(), "a": nn.Linear(168, 10), "l": nn.Linear(36, 5), "t": nn.Linear(4, 5)}
-    parts |= {"k": nn.Linear(84, 5), "n": nn.BatchNorm1d(168)}
+    parts |= {"k": nn.Linear(84, 5), "n": nn.BatchNorm1d(168), "q": nn.LayerNorm(4), "c": nn.Linear(42, 5)}
     model = seeded(
         lambda: Of(function, **parts, s=torch.randn(168), p=torch.randn(4, 6, 7), inf=infinite)  # type: ignore[arg-type]
     )
@@ -363,6 +443,30 @@ def test_refuses_attention_over_positions() -> None:
     assert not result.changes
     assert set(codes(result)) <= {"not-per-position", "fixed-size"}
     assert result.refusals
+
+
+def test_refuses_a_pool_of_a_map_of_free_size() -> None:
+    model = seeded(lambda: Classifier(nn.Linear(36, 5), nn.AdaptiveAvgPool2d(3))).double()
+    height, width = torch.export.Dim("h", min=14, max=99), torch.export.Dim("w", min=16, max=99)
+    gm = gs.capture(model, noise(2, 3, 14, 16), dynamic_shapes={"x": {2: height, 3: width}})
+    result = FullyConvolutional().run(gm)
+    assert codes(result) == ["pool-not-identity"]
+    assert "makes (3, 3) of a map of any size" in result.refusals[0].reason
+
+
+@pytest.mark.parametrize("function", [lambda y: y > 0, lambda y: y.argmax(1, keepdim=True)])
+def test_outputs_that_are_no_floating_point_numbers(function: Callable[[Tensor], Tensor]) -> None:
+    model = seeded(
+        lambda: Of(lambda m, x: function(m.a(m.f(x).flatten(1))), f=features(), a=nn.Linear(168, 5))
+    )
+    got, x = convert(model, noise(2, 3, 14, 16)).graph_module, noise(3, 3, 18, 18)
+    model = model.double()
+    with torch.no_grad():
+        found = got(x)
+        assert found.unique().numel() > 1
+        for i, j in product(range(3), range(2)):
+            crop = x[:, :, 2 * i : 2 * i + 14, 2 * j : 2 * j + 16]
+            assert torch.equal(found[:, :, i, j], model(crop))
 
 
 def test_refuses_an_unknown_option() -> None:
