@@ -10,6 +10,7 @@ Requires:  a flatten of channels and positions that leads to a Linear (else no m
            `not-per-position` a call on the way mixes positions (softmax over positions, attention, mean);
            `no-map-form` a call reads the head's features in a way that has no form over a map;
            `flat-output` the flattened map itself is an output;
+           `no-mean` with `scores="mean"`, an output of whole numbers or truth values;
            `fixed-size` a call holds a size of the example, so that the network runs at no other;
            `not-finite` weights hold NaN or infinity;  `certificate` a layer differs in float64 at a position
 Preserves: signature, dtypes; values up to rounding, at the example's size. The shape of an output of the head
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
@@ -36,24 +37,23 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.affine.certify import LIMIT
 from graphsurgery.affine.certify_spread import residual
-from graphsurgery.affine.per_position import acts_per_position, is_pointwise
+from graphsurgery.affine.per_position import acts_per_position
 from graphsurgery.affine.pointwise import memory_readers
-from graphsurgery.affine.pools import keeps_all, pool_call, pooled, takes_whole_map
+from graphsurgery.affine.pools import keeps_all, pool_call, pooled
 from graphsurgery.affine.region import Scope
-from graphsurgery.affine.spread import Flat, NoMap, Spread, Twin, linear_of
-from graphsurgery.cost import Cost, node_cost, op_name
+from graphsurgery.affine.spread import NoMap, Spread, Twin
+from graphsurgery.cost import Cost, node_cost
 from graphsurgery.errors import PassError
 from graphsurgery.graph import INFO_KEY, CaptureInfo, annotate, copy_graph_module, delete_unused_attrs, origin
+from graphsurgery.layout.flattened import FlattenedMap, HeadSearch, without_channels
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
 from graphsurgery.rewrite.free_sizes import FixedSize, free_axes, free_sizes
-from graphsurgery.rewrite.moves import axis_order, is_reshape, merged_axes
 from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["FullyConvolutional"]
 
 aten = torch.ops.aten
-_COPIES = ("clone", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FullyConvolutional(Pass):
         for channels_last in (False, True):
             surgery = _Surgery(gm, self.scores, channels_last)
             try:
-                heads = surgery.heads()
+                heads = surgery.search.heads()
                 if not heads:
                     return PassResult(gm)
                 entries, flattened = {head.entry for head in heads}, surgery.old[heads[0].flattened]
@@ -99,7 +99,7 @@ class FullyConvolutional(Pass):
                 break
             except FixedSize as declined:
                 if declined.node not in surgery.old:
-                    reasons.append(_without_channels(flattened))  # the kernel does not fit
+                    reasons.append(without_channels(flattened))  # the kernel does not fit
                 elif declined.node in entries:
                     reasons.append(declined)
                 else:
@@ -108,42 +108,22 @@ class FullyConvolutional(Pass):
         return PassResult(gm, (), (refusal,))
 
 
-@dataclass(frozen=True)
-class _Head:
-    """A map and how it is flattened.
-
-    Attributes:
-        entry: the map, with its channels on axis `flat.channels`.
-        flattened: what a Linear reads.
-        flat: how it lists the map.
-    """
-
-    entry: fx.Node
-    flattened: fx.Node
-    flat: Flat
-
-    @property
-    def positions(self) -> list[int]:
-        """The axes of `entry` that are positions."""
-        return [axis for axis in range(1, len(self.flat.sizes) + 1) if axis != self.flat.channels]
-
-
 class _Surgery:
     """A copy of the graph under work."""
 
     def __init__(self, original: fx.GraphModule, scores: str, channels_last: bool) -> None:
-        self.original, self.scores, self.channels_last = original, scores, channels_last
+        self.original, self.scores = original, scores
         self.gm = copy_graph_module(original)
         self.old = dict(zip(self.gm.graph.nodes, original.graph.nodes, strict=True))
-        self.scope = Scope(self.gm)
         self.pools: list[fx.Node] = []
-        self._drop_pools()
+        self._drop_pools(HeadSearch(Scope(self.gm), channels_last))
         self.scope = Scope(self.gm)
+        self.search = HeadSearch(self.scope, channels_last)
         self.readers = memory_readers(self.scope)
 
-    def _drop_pools(self) -> None:
+    def _drop_pools(self, search: HeadSearch) -> None:
         """Take the pools that keep the example's map off the way to a flatten; other readers keep them."""
-        leading = {node for node in self.gm.graph.nodes if self._flattened(node)}
+        leading = {node for node in self.gm.graph.nodes if search.flattened(node)}
         for node in reversed(self.gm.graph.nodes):
             if not leading.isdisjoint(node.users):
                 leading.add(node)
@@ -155,124 +135,9 @@ class _Surgery:
                         self.pools.append(unread)
                         self.gm.graph.erase_node(unread)
 
-    # -- what to rewrite
-
-    def heads(self) -> list[_Head]:
-        """All flattened maps that a Linear reads, in graph order.
-
-        Raises:
-            NoMap: one of them cannot be rewritten.
-        """
-        found = []
-        for node in self.gm.graph.nodes:
-            if self._flattened(node):
-                found.append(self._head(node))
-            elif self._lists(node) and takes_whole_map(node) and self._feeds_linear(node):
-                raise _global_pool(node)
-        return found
-
-    def _lists(self, node: fx.Node) -> bool:
-        """Whether a live call makes a list for each sample of a value with more axes."""
-        if node.op != "call_function" or not is_tensor(node) or node in self.scope.constant:
-            return False
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or not is_tensor(source):
-            return False
-        return tensor_meta(node).dim() == 2 < tensor_meta(source).dim()
-
-    def _flattened(self, node: fx.Node) -> bool:
-        """Whether a value is a flattened map that a Linear reads; a view of tokens as rows is none."""
-        if not self._lists(node) or not is_reshape(node) or not self._feeds_linear(node):
-            return False
-        sizes = self.scope.shape(node.args[0])  # type: ignore[arg-type]  # the value that is reshaped
-        return self.scope.shape(node)[1] != sizes[-1] or 1 in sizes[1:]
-
-    def _feeds_linear(self, node: fx.Node) -> bool:
-        """Whether a Linear reads a value, perhaps behind other calls on lists of features."""
-        stack, seen = [node], {node}
-        while stack:
-            for user in stack.pop().users:
-                if linear_of(user, self.scope.constant) is not None:
-                    return True
-                if user not in seen and is_tensor(user) and tensor_meta(user).dim() == 2:
-                    seen.add(user)
-                    stack.append(user)
-        return False
-
-    def _head(self, node: fx.Node) -> _Head:
-        source: Any = node.args[0]
-        before, after = self.scope.shape(source), self.scope.shape(node)
-        if before[0] != after[0]:
-            raise NoMap("mixed-axes", node, f"flattens {_text(source)} to {_text(node)}, which mixes samples")
-        if not 3 <= len(before) <= 5:
-            raise NoMap("mixed-axes", node, f"flattens {_text(source)}, which is no map of 1 to 3 axes")
-        moves = [node]
-        order = list(range(len(before)))
-        while True:
-            turned = axis_order(source)
-            if turned is not None and turned[0] == 0:
-                order = [turned[axis] for axis in order]
-            elif self._splits_maps(source):
-                inner = self.scope.shape(source.args[0])
-                merged = merged_axes(inner, self.scope.shape(source))
-                if order == sorted(order):
-                    order = list(range(len(inner)))  # flattened in one or in two steps
-                elif merged is not None:
-                    order = [axis for group in order for axis in merged[group]]
-                else:
-                    break
-            elif op_name(source) not in _COPIES:
-                break
-            moves.insert(0, source)
-            source = source.args[0]
-        rank = tensor_meta(source).dim()
-        channels = rank - 1 if self.channels_last else 1
-        axes = [channels, *(axis for axis in range(1, rank) if axis != channels)]
-        sizes = tuple(int(tensor_meta(source).shape[axis]) for axis in axes)
-        self._look_for_pool(source)
-        return _Head(
-            source,
-            node,
-            Flat(sizes, tuple(1 + axes.index(axis) for axis in order[1:]), tuple(moves), channels),
-        )
-
-    def _splits_maps(self, node: fx.Node) -> bool:
-        """Whether a reshape gives the elements of each sample's map in other axes."""
-        source: Any = node.args[0] if node.args else None
-        if node.op != "call_function" or not is_reshape(node) or not 3 <= tensor_meta(source).dim() <= 5:
-            return False
-        return self.scope.shape(source)[0] == self.scope.shape(node)[0]
-
-    def _look_for_pool(self, node: fx.Node) -> None:
-        """Refuse a pool in front of the flatten that is no identity on the example's map.
-
-        Raises:
-            NoMap: there is one.
-        """
-        while is_tensor(node):
-            if takes_whole_map(node):
-                raise _global_pool(node)
-            source: Any = pooled(node)
-            if source is not None:
-                have, want = _text(source, 2), _text(node, 2)
-                raise NoMap(
-                    "pool-not-identity",
-                    pool_call(node),
-                    f"makes {want} of {have}; take an example whose map is {want}"
-                    if all(isinstance(size, int) for size in tensor_meta(source).shape[2:])
-                    else f"makes {want} of a map of any size; take an example whose map is {want}, and fix "
-                    "its height and width in the capture: this pass frees them",
-                )
-            if not (is_pointwise(node) or op_name(node) == "batch_norm"):
-                return
-            source = node.args[0]
-            if not isinstance(source, fx.Node):
-                return
-            node = source
-
     # -- rewriting it
 
-    def operate(self, heads: list[_Head]) -> Change:
+    def operate(self, heads: list[FlattenedMap]) -> Change:
         """Rewrite all heads of the graph.
 
         Raises:
@@ -308,7 +173,7 @@ class _Surgery:
         self.gm.recompile()
         return self._change(spread, means, heads)
 
-    def _channels_first(self, head: _Head) -> tuple[fx.Node, ...]:
+    def _channels_first(self, head: FlattenedMap) -> tuple[fx.Node, ...]:
         """The permute that gives a map as the kernel reads it, if it needs one."""
         if head.flat.channels == 1:
             return ()
@@ -337,6 +202,13 @@ class _Surgery:
                 raise NoMap("flat-output", node, f"is an output and lists a map of {_times(twin.flat.sizes)}")
             if self.scores == "map":
                 return twin.node
+            dtype = tensor_meta(node).dtype
+            if not dtype.is_floating_point:
+                raise NoMap(
+                    "no-mean",
+                    node,
+                    f"is an output of {dtype}, of which scores='mean' has no mean; take 'map'",
+                )
             if node not in means:
                 with self.gm.graph.inserting_before(output):
                     means[node] = self.gm.graph.call_function(
@@ -369,7 +241,7 @@ class _Surgery:
             stack += (more := set(node.all_input_nodes) - seen)
             seen |= more
 
-    def _change(self, spread: Spread, means: list[fx.Node], heads: list[_Head]) -> Change:
+    def _change(self, spread: Spread, means: list[fx.Node], heads: list[FlattenedMap]) -> Change:
         """Certify what was written, and describe it.
 
         Raises:
@@ -406,23 +278,6 @@ class _Surgery:
         )
 
 
-def _without_channels(node: fx.Node) -> NoMap:
-    """Why the kernel fits a map neither with its channels on axis 1 nor with them on the last."""
-    source: fx.Node = node.args[0]  # type: ignore[assignment]  # the value that is reshaped
-    return NoMap(
-        "fixed-size", node, f"flattens {_text(source)}, of which neither axis 1 nor the last is of channels"
-    )
-
-
-def _global_pool(node: fx.Node) -> NoMap:
-    return NoMap(
-        "global-pool",
-        pool_call(node),
-        f"takes the {takes_whole_map(node)} of the whole map, which it can of a map of any size; "
-        "without it the scores at the example's size would be others",
-    )
-
-
 def _cost(scope: Scope, nodes: list[fx.Node]) -> Cost:
     return sum((node_cost(node, scope.sizes) for node in nodes), Cost(params=scope.params(nodes)[0]))
 
@@ -439,7 +294,3 @@ def _inputs(gm: fx.GraphModule) -> str:
         axes = [str(axis) for axis, size in enumerate(shape) if axis and not isinstance(size, int)]
         parts += [f"axes {', '.join(axes)} of input {str(node.target)!r} are free"] * bool(axes)
     return "; ".join(parts)
-
-
-def _text(node: fx.Node, first: int = 0) -> str:
-    return "(" + ", ".join(str(size) for size in tensor_meta(node).shape[first:]) + ")"

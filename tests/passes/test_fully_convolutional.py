@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from graphsurgery.affine.spread import Spread
 from graphsurgery.cost import graph_cost
 from graphsurgery.errors import PassError
 from graphsurgery.graph import capture_info, structural_hash
+from graphsurgery.layout.flattened import FlattenedMap, HeadSearch
 from graphsurgery.passes import FullyConvolutional
 from graphsurgery.rewrite.contracts import PassResult
 
@@ -39,6 +41,14 @@ def features(channels: int = 3) -> nn.Sequential:
 
 def _view(x: Tensor) -> Tensor:
     return x.view(x.size(0), -1)
+
+
+def _worked(x: Tensor, s: Tensor) -> Tensor:
+    """Features split, joined, compared, made of length one, less their mean, and sliced."""
+    gate, value = torch.where(x > 0, x, 0.3 * x).chunk(2, -1)
+    x = nn.functional.normalize(torch.cat([gate.sigmoid() * value, nn.functional.hardswish(gate)], 1))
+    x = torch.where(s > 0, x - x.mean(1, keepdim=True), 0.5)
+    return torch.cat([x[:, 1::2], x[:, -5:]], 1)
 
 
 class Classifier(nn.Module):
@@ -181,19 +191,14 @@ def test_a_map_of_one_position() -> None:
         ("residual in the head", lambda m, x: m.b((h := m.a(m.f(x).flatten(1))) + torch.relu(h))),
         ("features joined", lambda m, x: m.c(torch.cat([h := m.a(m.f(x).flatten(1)), h.relu()], 1))),
         ("a copy in between", lambda m, x: m.b(m.a(_view(m.f(x).permute(0, 2, 3, 1).contiguous())))),
-        ("activation on channels last", lambda m, x: m.b(m.a(m.f(x).permute(0, 2, 3, 1).tanh().flatten(1)))),
-        ("norm on channels last", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).flatten(1)))),
+        ("norm on channels last", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).tanh().flatten(1)))),
         ("and back", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)))),
         ("tokens", lambda m, x: m.b(m.a(m.f(x).flatten(2).transpose(1, 2).flatten(1)))),
-        ("maximum pool", lambda m, x: m.b(m.a(nn.functional.adaptive_max_pool2d(m.f(x), (6, 7)).flatten(1)))),
-        ("one slope for the list", lambda m, x: m.b(m.a(m.p(m.f(x).flatten(1))))),
-        ("truth values", lambda m, x: m.b(torch.where((h := m.a(m.f(x).flatten(1))) > 0, h, 0.3 * h))),
-        ("a constant's truth values", lambda m, x: m.b(torch.where(m.s > 0, m.a(m.f(x).flatten(1)), 0.5))),
-        ("hardswish", lambda m, x: m.b(nn.functional.hardswish(m.a(m.f(x).flatten(1))))),
-        ("split", lambda m, x: m.g((h := m.a(m.f(x).flatten(1)).chunk(2, -1))[1].sigmoid() * h[0])),
-        ("slice", lambda m, x: m.g(m.a(m.f(x).flatten(1))[:, 1::2])),
-        ("less its mean", lambda m, x: m.b((h := m.a(m.f(x).flatten(1))) - h.mean(1, keepdim=True))),
-        ("of length one", lambda m, x: m.b(nn.functional.normalize(m.a(m.f(x).flatten(1))))),
+        (
+            "maximum pool",
+            lambda m, x: m.b(m.a(m.p(nn.functional.adaptive_max_pool2d(m.f(x), (6, 7)).flatten(1)))),
+        ),
+        ("much with features", lambda m, x: m.b(_worked(m.a(m.f(x).flatten(1)), m.s))),
         ("gated", lambda m, x: m.g(nn.functional.glu(m.a(m.f(x).flatten(1)), dim=-1))),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
@@ -469,6 +474,13 @@ def test_outputs_that_are_no_floating_point_numbers(function: Callable[[Tensor],
             assert torch.equal(found[:, :, i, j], model(crop))
 
 
+def test_refuses_the_mean_of_what_has_none() -> None:
+    model = seeded(lambda: Of(lambda m, x: m.a(m.f(x).flatten(1)) > 0, f=features(), a=nn.Linear(168, 5)))
+    result = convert(model, noise(2, 3, 14, 16), scores="mean")
+    assert codes(result) == ["no-mean"]
+    assert "torch.bool" in result.refusals[0].reason
+
+
 def test_refuses_an_unknown_option() -> None:
     with pytest.raises(PassError, match=r"'map' or 'mean', got 'max'"):
         FullyConvolutional(scores="max")  # type: ignore[arg-type]
@@ -553,14 +565,13 @@ def test_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_detects_axes_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels-last flattening read as channels-first: the shapes fit, the numbers are others."""
-    head = module._Surgery._head
+    head = HeadSearch._head
 
-    def wrong(self: Any, node: fx.Node) -> Any:
+    def wrong(self: HeadSearch, node: fx.Node) -> FlattenedMap:
         found = head(self, node)
-        flat = module.Flat(found.flat.sizes, (1, 2, 3), found.flat.moves)
-        return module._Head(found.entry, found.flattened, flat)
+        return replace(found, flat=replace(found.flat, order=(1, 2, 3)))
 
-    monkeypatch.setattr(module._Surgery, "_head", wrong)
+    monkeypatch.setattr(HeadSearch, "_head", wrong)
     model = seeded(
         lambda: Of(lambda m, x: m.a(m.f(x).permute(0, 2, 3, 1).flatten(1)), f=features(), a=nn.Linear(168, 5))
     )
