@@ -24,6 +24,7 @@ __all__ = ["acts_per_position", "is_pointwise", "is_whole"]
 _ALIKE = frozenset((
     "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "_to_copy", "to", "detach", "alias",
     "hardswish", "log_sigmoid", "where", "absolute", "negative", "fix", "subtract", "multiply", "divide",
+    "__and__", "__or__", "__xor__",
 ))
 _LOCAL = frozenset((
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",

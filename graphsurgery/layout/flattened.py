@@ -11,7 +11,7 @@ from graphsurgery.affine.per_position import is_pointwise
 from graphsurgery.affine.pools import pool_call, pooled, takes_whole_map
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.spread import Flat, NoMap, linear_of
-from graphsurgery.cost import op_name
+from graphsurgery.cost import SPLITS, op_name
 from graphsurgery.rewrite.moves import axis_order, is_reshape, merged_axes
 from graphsurgery.values import is_tensor, tensor_meta
 
@@ -89,7 +89,8 @@ class HeadSearch:
             for user in stack.pop().users:
                 if linear_of(user, self.scope.constant) is not None:
                     return True
-                if user not in seen and is_tensor(user) and tensor_meta(user).dim() == 2:
+                listed = tensor_meta(user).dim() == 2 if is_tensor(user) else op_name(user) in SPLITS
+                if user not in seen and listed:
                     seen.add(user)
                     stack.append(user)
         return False
@@ -170,7 +171,10 @@ def without_channels(node: fx.Node) -> NoMap:
     """Why the kernel fits a map neither with its channels on axis 1 nor with them on the last."""
     source: fx.Node = node.args[0]  # type: ignore[assignment]  # the value that is reshaped
     return NoMap(
-        "fixed-size", node, f"flattens {_text(source)}, of which neither axis 1 nor the last is of channels"
+        "fixed-size",
+        node,
+        f"flattens {_text(source)}: the maps that are flattened have their channels neither all on axis 1 "
+        "nor all on the last axis",
     )
 
 

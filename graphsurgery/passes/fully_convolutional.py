@@ -236,7 +236,8 @@ class _Surgery:
                 raise NoMap(
                     "not-per-position",
                     node,
-                    "mixes positions of the map, so on a larger map no window of it is what it was",
+                    "mixes positions of the map or exchanges its axes, so on a larger map no window of it is "
+                    "what it was",
                 )
             stack += (more := set(node.all_input_nodes) - seen)
             seen |= more

@@ -389,6 +389,7 @@ REFUSED: dict[str, tuple[str, Callable[..., Any]]] = {
     "slopes of the list": ("position-weights", lambda m, x: m.a(nn.functional.prelu(m.f(x).flatten(1), m.s))),
     "a channel flattened": ("fixed-size", lambda m, x: m.c(m.f(x)[:, 0].flatten(1))),
     "norm of tokens": ("fixed-size", lambda m, x: m.a(m.q(m.f(x).flatten(2).transpose(1, 2)).flatten(1))),
+    "list in pieces": ("not-per-position", lambda m, x: m.k(m.f(x).flatten(1).chunk(2, 1)[0])),
     "best class": ("no-map-form", lambda m, x: m.a(m.f(x).flatten(1)).argmax(1)),
     "another pool": (
         "pool-not-identity",
