@@ -18,7 +18,7 @@ from graphsurgery.affine.certify import SAMPLES, deviation
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.runner import call
 from graphsurgery.affine.spread import Flat, Twin
-from graphsurgery.values import tensor_meta
+from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["residual"]
 
@@ -40,9 +40,9 @@ def residual(
     """
     worst = 0.0
     for node, twin in twins.items():
-        if twin.made:
-            operands = [read for read in node.all_input_nodes if read in twins]
-            found = _compare(old, new, node, twin, {read: twins[read] for read in operands}, original, seed)
+        # what flattens reads no twin, and a split is compared with each of its pieces
+        if twin.made and is_tensor(node) and not twins.keys().isdisjoint(node.all_input_nodes):
+            found = _compare(old, new, node, twins, original, seed)
             worst = max(worst, found)
     return worst
 
@@ -51,11 +51,16 @@ def _compare(
     old: Scope,
     new: Scope,
     node: fx.Node,
-    twin: Twin,
-    reads: Mapping[fx.Node, Twin],
+    twins: Mapping[fx.Node, Twin],
     original: Mapping[fx.Node, fx.Node],
     seed: int,
 ) -> float:
+    twin = twins[node]
+    calls: tuple[fx.Node, ...] = (node,)
+    while not all(is_tensor(read) for read in calls[0].all_input_nodes):
+        calls = (calls[0].all_input_nodes[0], *calls)
+    made = [new_call for old_call in calls for new_call in twins[old_call].made]
+    reads = {read: twins[read] for read in calls[0].all_input_nodes if read in twins}
     rank = tensor_meta(twin.node).dim() - 2
     more = _MORE[rank]
     positions = list(product(range(more + 1), repeat=rank))
@@ -66,10 +71,9 @@ def _compare(
     for read, stands in reads.items():
         sizes = _window(read, stands.flat, rank)
         shape = (rows, sizes[0], *(size + more for size in sizes[1:]))
-        drawn = torch.randn(shape, generator=generator).double()
-        maps[read] = drawn.to(tensor_meta(read).device)
+        maps[read] = _as_kind(torch.randn(shape, generator=generator).double(), tensor_meta(read))
     with torch.no_grad():
-        got = _run(new, twin.made, {reads[read].node: value for read, value in maps.items()}, batch)
+        got = _run(new, made, {reads[read].node: value for read, value in maps.items()}, batch)
         window = _window(node, twin.flat, rank)
         wanted, found = [], []
         for corner in positions:
@@ -83,9 +87,17 @@ def _compare(
                 )
                 for read, value in maps.items()
             }
-            wanted.append(_run(old, (node,), values, batch))
+            wanted.append(_run(old, calls, values, batch))
             found.append(_listed(old, _crop(got, corner, window), twin.flat, original, batch))
-    return deviation(torch.stack(wanted), torch.stack(found), [0, 1])
+    return deviation(torch.stack(wanted).double(), torch.stack(found).double(), [0, 1])
+
+
+def _as_kind(drawn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Random numbers on the device of a value, as truth values or whole numbers where it has such."""
+    drawn = drawn.to(value.device)
+    if value.dtype == torch.bool:
+        return drawn > 0
+    return drawn if value.dtype.is_floating_point else (8 * drawn).round().to(value.dtype)
 
 
 def _window(node: fx.Node, flat: Flat | None, rank: int) -> tuple[int, ...]:
@@ -107,7 +119,7 @@ def _listed(
         return value.flatten(1)
     moves = [original[move] for move in flat.moves]
     entry: Any = moves[0].args[0]
-    return _run(old, moves, {entry: value}, batch)
+    return _run(old, moves, {entry: value.movedim(1, flat.channels)}, batch)
 
 
 def _run(scope: Scope, nodes: Any, given: Mapping[fx.Node, torch.Tensor], batch: int) -> torch.Tensor:

@@ -17,10 +17,15 @@ from torch._ops import OpOverload
 from graphsurgery.cost import SPLITS, op_name
 from graphsurgery.values import is_tensor, tensor_meta
 
-__all__ = ["acts_per_position", "is_pointwise"]
+__all__ = ["acts_per_position", "is_pointwise", "is_whole"]
 
 # fmt: off
-_KEEP = frozenset(("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "_to_copy", "to"))
+# What acts on each element alike, or gives all as they are, and is not tagged so in torch 2.14.
+_ALIKE = frozenset((
+    "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "_to_copy", "to", "detach", "alias",
+    "hardswish", "log_sigmoid", "where", "absolute", "negative", "fix", "subtract", "multiply", "divide",
+    "__and__", "__or__", "__xor__",
+))
 _LOCAL = frozenset((
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -49,7 +54,7 @@ def is_pointwise(node: fx.Node) -> bool:
     """Whether a call computes each element from the elements at the same place, or keeps all as they are."""
     if not isinstance(node.target, OpOverload):
         return False
-    return torch.Tag.pointwise in node.target.tags or op_name(node) in _KEEP
+    return torch.Tag.pointwise in node.target.tags or (op_name(node) in _ALIKE and is_tensor(node))
 
 
 def acts_per_position(node: fx.Node, spatial: Callable[[fx.Node], tuple[int, ...]]) -> bool:
@@ -78,9 +83,12 @@ def acts_per_position(node: fx.Node, spatial: Callable[[fx.Node], tuple[int, ...
         shape: Any = node.args[1]
         return all(axis < rank - len(shape) for axis in spatial(first))
     if name == "slice":
-        axis, start, stop = (*node.args[1:4], 0, None, None)[:3] if len(node.args) < 4 else node.args[1:4]
-        whole = start in (None, 0) and stop in (None, sys.maxsize)
-        return whole or _normal(axis, rank) not in spatial(first)
+        axis, start, stop = _ends(node)
+        # what is cut off at either end does not depend on the size
+        ends = (start is None or _at_least(start, 0)) and (
+            stop in (None, sys.maxsize) or not _at_least(stop, 0)
+        )
+        return ends or _normal(axis, rank) not in spatial(first)
     if name in _ALONG or name in SPLITS:
         index = _ALONG.get(name, 1)
         given = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
@@ -94,6 +102,23 @@ def acts_per_position(node: fx.Node, spatial: Callable[[fx.Node], tuple[int, ...
 def _sizes(node: fx.Node, spatial: Callable[[fx.Node], tuple[int, ...]]) -> list[str]:
     """The sizes of the axes of positions, in order."""
     return [str(tensor_meta(node).shape[axis]) for axis in spatial(node)]
+
+
+def is_whole(node: fx.Node) -> bool:
+    """Whether a slice takes all of an axis."""
+    start, stop = _ends(node)[1:]
+    return start in (None, 0) and stop in (None, sys.maxsize) and (*node.args, 1)[4:5] in ((), (1,))
+
+
+def _ends(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Axis, start and end of a slice."""
+    given = node.args[1:4]
+    return (*given, *(0, None, None)[len(given) :])  # type: ignore[return-value]
+
+
+def _at_least(value: Any, least: int) -> bool:
+    """Whether an end of a slice is a number from `least` on; a symbol counts as one."""
+    return not isinstance(value, int) or value >= least
 
 
 def _normal(axis: Any, rank: int) -> Any:

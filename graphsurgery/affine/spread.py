@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphsurgery.affine.per_position import is_pointwise
-from graphsurgery.cost import op_name
+from graphsurgery.affine.per_position import is_pointwise, is_whole
+from graphsurgery.cost import SPLITS, op_name
 from graphsurgery.graph import annotate, get_attr_value, origin, set_attr
 from graphsurgery.values import is_tensor, tensor_meta
 
@@ -29,7 +29,14 @@ __all__ = ["Flat", "NoMap", "Spread", "Twin", "linear_of"]
 
 aten = torch.ops.aten
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-_ALONG_FEATURES = ("softmax", "log_softmax", "_softmax", "_log_softmax", "cat", "glu")
+_ALONG_FEATURES = frozenset(
+    [
+        *("softmax", "log_softmax", "_softmax", "_log_softmax", "cat", "glu", "slice", "cumsum", "flip"),
+        *("mean", "sum", "amax", "amin", "logsumexp", "var", "std", "argmax", "argmin", "linalg_vector_norm"),
+    ]
+)
+"""Calls along one axis, which their second argument names, or the third of those below."""
+_AXIS_THIRD = (SPLITS | {"linalg_vector_norm"}) - {"unbind"}
 _LAST_AXIS = ("layer_norm", "rms_norm")
 
 
@@ -53,12 +60,14 @@ class Flat:
     Attributes:
         sizes: of the map's axes behind the batch: channels, then positions.
         order: the axes of the map (1 for channels) in the order in which they are flattened.
-        moves: the calls that flatten, in graph order: permutes and one reshape.
+        moves: the calls that flatten, in graph order: permutes and reshapes.
+        channels: the axis of channels in what the first of the moves reads.
     """
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
     moves: tuple[fx.Node, ...]
+    channels: int = 1
 
     def same(self, other: Flat | None) -> bool:
         """Whether both list elements alike."""
@@ -72,7 +81,7 @@ class Twin:
     Attributes:
         node: the map.
         flat: how the value lists its elements; None for a vector.
-        made: the calls that were written for it, in graph order; none for the flattening itself.
+        made: the calls that were written for it, in graph order; for a flattened map at most a permute.
     """
 
     node: fx.Node
@@ -155,11 +164,13 @@ class Spread:
         self.twins[node] = Twin(twin, kept, tuple(self._made))
 
     def _require_shape(self, node: fx.Node, operand: fx.Node) -> None:
+        if op_name(node) in SPLITS:
+            return  # the pieces are looked at where they are taken
         if not is_tensor(node) or tensor_meta(node).dim() != 2:
             raise NoMap("no-map-form", node, "reads the head's features and gives no list of features")
-        if tensor_meta(node).shape[0] is not tensor_meta(operand).shape[0] and str(
-            tensor_meta(node).shape[0]
-        ) != str(tensor_meta(operand).shape[0]):
+        if op_name(node) == "getitem":
+            return  # pieces of a split along the features
+        if str(tensor_meta(node).shape[0]) != str(tensor_meta(operand).shape[0]):
             raise NoMap("mixed-axes", node, "mixes the samples of a batch")
 
     # -- layers
@@ -213,7 +224,7 @@ class Spread:
     # -- all else
 
     def _flat(self, node: fx.Node, flat: Flat) -> fx.Node:
-        if not is_pointwise(node):
+        if not is_pointwise(node) and op_name(node) != "prelu":
             if op_name(node) in ("batch_norm", "layer_norm", "rms_norm"):
                 raise NoMap(
                     "position-weights",
@@ -231,16 +242,17 @@ class Spread:
         name = op_name(node)
         first: Any = node.args[0]
         rest: Any = node.args[1:]
-        if name == "prelu" or (name == "batch_norm" and rest[4] is False):
+        if name in ("prelu", "getitem", "expand_as") or (name == "batch_norm" and rest[4] is False):
             return self._copy(node, {})
         if is_pointwise(node):
             constants = [operand for operand in node.all_input_nodes if operand not in self.twins]
             return self._copy(node, {constant: self._per_feature(node, constant) for constant in constants})
-        if name in _ALONG_FEATURES and not node.kwargs:
-            axis = rest[0] if rest else (0 if name == "cat" else -1)
-            joined = name == "cat" and any(read not in self.twins for read in node.all_input_nodes)
-            if axis in (1, -1) and not joined:
-                return self._copy(node, {}, (first, 1, *rest[1:]))
+        along = self._along_features(node)
+        if along is not None:
+            return self._copy(node, {}, along)
+        if name == "expand" and first in self.twins and not node.kwargs:
+            features = tensor_meta(node).shape[1]
+            return self._copy(node, {}, (first, [-1, features, *[-1] * self.rank]))
         if name in _LAST_AXIS and first in self.twins and list(rest[0]) == list(tensor_meta(node).shape[1:]):
             last = [0, *range(2, self.rank + 2), 1]
             back = [0, self.rank + 1, *range(1, self.rank + 1)]
@@ -248,6 +260,23 @@ class Spread:
             normed = self._copy(node, {first: moved})
             return self._call(node, aten.permute.default, (normed, back))
         raise NoMap("no-map-form", node, "reads the head's features and has no form over a map")
+
+    def _along_features(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """The arguments of a call along the features, with the axis as that of a map; None if it is none."""
+        name, args = op_name(node), list(node.args)
+        if name not in _ALONG_FEATURES | _AXIS_THIRD or node.kwargs:
+            return None
+        if name == "cat" and any(read not in self.twins for read in node.all_input_nodes):
+            return None
+        index = 2 if name in _AXIS_THIRD else 1
+        default = -1 if name in ("glu", "linalg_vector_norm") else 0
+        axis: Any = args[index] if len(args) > index else default
+        if name == "slice" and axis == 0 and is_whole(node):
+            return tuple(args)  # `x[:, 2:5]` begins with a slice of all samples
+        if axis not in (1, -1, [1], [-1]):
+            return None
+        args[index:] = [[1] if isinstance(axis, list) else 1, *args[index + 1 :]]
+        return tuple(args)
 
     def _copy(self, node: fx.Node, instead: dict[fx.Node, fx.Node], args: Any = None) -> fx.Node:
         """The same call on the twins."""

@@ -10,6 +10,7 @@ Requires:  a flatten of channels and positions that leads to a Linear (else no m
            `not-per-position` a call on the way mixes positions (softmax over positions, attention, mean);
            `no-map-form` a call reads the head's features in a way that has no form over a map;
            `flat-output` the flattened map itself is an output;
+           `no-mean` with `scores="mean"`, an output of whole numbers or truth values;
            `fixed-size` a call holds a size of the example, so that the network runs at no other;
            `not-finite` weights hold NaN or infinity;  `certificate` a layer differs in float64 at a position
 Preserves: signature, dtypes; values up to rounding, at the example's size. The shape of an output of the head
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import sympy  # type: ignore[import-untyped]  # ships no types
 import torch
@@ -36,16 +37,17 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.affine.certify import LIMIT
 from graphsurgery.affine.certify_spread import residual
-from graphsurgery.affine.per_position import acts_per_position, is_pointwise
+from graphsurgery.affine.per_position import acts_per_position
 from graphsurgery.affine.pointwise import memory_readers
+from graphsurgery.affine.pools import keeps_all, pool_call, pooled
 from graphsurgery.affine.region import Scope
-from graphsurgery.affine.spread import Flat, NoMap, Spread, Twin, linear_of
-from graphsurgery.cost import Cost, node_cost, op_name
+from graphsurgery.affine.spread import NoMap, Spread, Twin
+from graphsurgery.cost import Cost, node_cost
 from graphsurgery.errors import PassError
 from graphsurgery.graph import INFO_KEY, CaptureInfo, annotate, copy_graph_module, delete_unused_attrs, origin
+from graphsurgery.layout.flattened import FlattenedMap, HeadSearch, without_channels
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Preserves, Refusal
 from graphsurgery.rewrite.free_sizes import FixedSize, free_axes, free_sizes
-from graphsurgery.rewrite.moves import axis_order, is_reshape
 from graphsurgery.rewrite.sweep import erase_unread
 from graphsurgery.values import is_tensor, tensor_meta
 
@@ -83,143 +85,59 @@ class FullyConvolutional(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """See `Pass.run`."""
-        surgery = _Surgery(gm, self.scores)
-        try:
-            heads = surgery.heads()
-            if not heads:
-                return PassResult(gm)
-            return PassResult(surgery.gm, (surgery.operate(heads),))
-        except (NoMap, FixedSize) as declined:
-            refusal = Refusal(self.name, declined.code, (NodeRef.of(declined.node),), str(declined))
+        reasons: list[NoMap | FixedSize] = []  # the more telling the further ahead
+        for channels_last in (False, True):
+            surgery = _Surgery(gm, self.scores, channels_last)
+            try:
+                heads = surgery.search.heads()
+                if not heads:
+                    return PassResult(gm)
+                entries, flattened = {head.entry for head in heads}, surgery.old[heads[0].flattened]
+                return PassResult(surgery.gm, (surgery.operate(heads),))
+            except NoMap as declined:
+                reasons = [declined]
+                break
+            except FixedSize as declined:
+                if declined.node not in surgery.old:
+                    reasons.append(without_channels(flattened))  # the kernel does not fit
+                elif declined.node in entries:
+                    reasons.append(declined)
+                else:
+                    reasons.insert(0, declined)
+        refusal = Refusal(self.name, reasons[0].code, (NodeRef.of(reasons[0].node),), str(reasons[0]))
         return PassResult(gm, (), (refusal,))
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A map and how it is flattened."""
-
-    entry: fx.Node
-    flattened: fx.Node
-    flat: Flat
 
 
 class _Surgery:
     """A copy of the graph under work."""
 
-    def __init__(self, original: fx.GraphModule, scores: str) -> None:
+    def __init__(self, original: fx.GraphModule, scores: str, channels_last: bool) -> None:
         self.original, self.scores = original, scores
         self.gm = copy_graph_module(original)
         self.old = dict(zip(self.gm.graph.nodes, original.graph.nodes, strict=True))
-        self.pools = [node for node in self.gm.graph.nodes if _adaptive(node) and _keeps_all(node)]
-        for pool in self.pools:
-            pool.replace_all_uses_with(pool.args[0])
-            self.gm.graph.erase_node(pool)
+        self.pools: list[fx.Node] = []
+        self._drop_pools(HeadSearch(Scope(self.gm), channels_last))
         self.scope = Scope(self.gm)
+        self.search = HeadSearch(self.scope, channels_last)
         self.readers = memory_readers(self.scope)
 
-    # -- what to rewrite
-
-    def heads(self) -> list[_Head]:
-        """All flattened maps that a Linear reads, in graph order.
-
-        Raises:
-            NoMap: one of them cannot be rewritten.
-        """
-        found = []
-        for node in self.gm.graph.nodes:
-            if node.op != "call_function" or not is_tensor(node) or node in self.scope.constant:
-                continue
-            source = node.args[0] if node.args else None
-            if not isinstance(source, fx.Node) or not is_tensor(source) or tensor_meta(node).dim() != 2:
-                continue
-            if tensor_meta(source).dim() > 2 and self._feeds_linear(node):
-                if is_reshape(node) and self._flattens(node, source):
-                    found.append(self._head(node))
-                elif op_name(node) == "mean" and self._takes_all_positions(node, source):
-                    raise self._global_pool(node)
-        return found
-
-    def _feeds_linear(self, node: fx.Node) -> bool:
-        """Whether a Linear reads a value, perhaps behind other calls on lists of features."""
-        stack, seen = [node], {node}
-        while stack:
-            for user in stack.pop().users:
-                if linear_of(user, self.scope.constant) is not None:
-                    return True
-                if user not in seen and is_tensor(user) and tensor_meta(user).dim() == 2:
-                    seen.add(user)
-                    stack.append(user)
-        return False
-
-    def _flattens(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether a reshape merges axes into the last one; a view of tokens as rows does not."""
-        return self.scope.shape(node)[1] != self.scope.shape(source)[-1] or 1 in self.scope.shape(source)[1:]
-
-    def _takes_all_positions(self, node: fx.Node, source: fx.Node) -> bool:
-        rank, axes = tensor_meta(source).dim(), node.args[1] if len(node.args) > 1 else None
-        given: Any = axes if isinstance(axes, (list, tuple)) else []
-        return {axis % rank for axis in given} == set(range(2, rank))
-
-    def _head(self, node: fx.Node) -> _Head:
-        source: Any = node.args[0]
-        before, after = self.scope.shape(source), self.scope.shape(node)
-        if before[0] != after[0]:
-            raise NoMap("mixed-axes", node, f"flattens {_text(source)} to {_text(node)}, which mixes samples")
-        if not 3 <= len(before) <= 5:
-            raise NoMap("mixed-axes", node, f"flattens {_text(source)}, which is no map of 1 to 3 axes")
-        moves = [node]
-        order = list(range(len(before)))
-        while True:
-            turned = axis_order(source)
-            if turned is not None and turned[0] == 0:
-                order = [turned[axis] for axis in order]
-            elif order == sorted(order) and self._splits_maps(source):
-                order = list(range(tensor_meta(source.args[0]).dim()))  # flattened in one or in two steps
-            else:
-                break
-            moves.insert(0, source)
-            source = source.args[0]
-        sizes = tuple(int(size) for size in tensor_meta(source).shape[1:])
-        self._look_for_pool(source)
-        return _Head(source, node, Flat(sizes, tuple(order[1:]), tuple(moves)))
-
-    def _splits_maps(self, node: fx.Node) -> bool:
-        """Whether a reshape gives the elements of each sample's map in other axes."""
-        source: Any = node.args[0] if node.args else None
-        if node.op != "call_function" or not is_reshape(node) or not 3 <= tensor_meta(source).dim() <= 5:
-            return False
-        return self.scope.shape(source)[0] == self.scope.shape(node)[0]
-
-    def _look_for_pool(self, node: fx.Node) -> None:
-        """Refuse a pool in front of the flatten that is no identity on the example's map.
-
-        Raises:
-            NoMap: there is one.
-        """
-        while is_pointwise(node) or op_name(node) in ("batch_norm", "mean") or _adaptive(node):
-            source = node.args[0]
-            if op_name(node) == "mean" or (_adaptive(node) and _to_one(node)):
-                raise self._global_pool(node)
-            if _adaptive(node):
-                have, want = (_text(value, 2) for value in (source, node))  # type: ignore[arg-type]
-                raise NoMap(
-                    "pool-not-identity", node, f"makes {want} of {have}; take an example whose map is {want}"
-                )
-            if not isinstance(source, fx.Node) or not is_tensor(source):
-                return
-            node = source
-
-    def _global_pool(self, node: fx.Node) -> NoMap:
-        return NoMap(
-            "global-pool",
-            node,
-            "takes the mean of the whole map, which it can of a map of any size; "
-            "without it the scores at the example's size would be others",
-        )
+    def _drop_pools(self, search: HeadSearch) -> None:
+        """Take the pools that keep the example's map off the way to a flatten; other readers keep them."""
+        leading = {node for node in self.gm.graph.nodes if search.flattened(node)}
+        for node in reversed(self.gm.graph.nodes):
+            if not leading.isdisjoint(node.users):
+                leading.add(node)
+        for node in list(self.gm.graph.nodes):
+            if node in leading and keeps_all(node):
+                node.replace_all_uses_with(pooled(node), delete_user_cb=leading.__contains__)
+                for unread in dict.fromkeys((node, pool_call(node))):
+                    if not unread.users:
+                        self.pools.append(unread)
+                        self.gm.graph.erase_node(unread)
 
     # -- rewriting it
 
-    def operate(self, heads: list[_Head]) -> Change:
+    def operate(self, heads: list[FlattenedMap]) -> Change:
         """Rewrite all heads of the graph.
 
         Raises:
@@ -233,8 +151,9 @@ class _Surgery:
                     "mixed-axes", head.flattened, "flattens a map of another rank than the one before it"
                 )
         spread = Spread(self.gm, self.scope.constant, self._own, rank)
-        for head in heads:
-            spread.twins[head.flattened] = Twin(head.entry, head.flat)
+        turned = [self._channels_first(head) for head in heads]
+        for head, made in zip(heads, turned, strict=True):
+            spread.twins[head.flattened] = Twin(made[-1] if made else head.entry, head.flat, made)
         for node in list(self.gm.graph.nodes):
             if node.op == "call_function" and any(read in spread.twins for read in node.all_input_nodes):
                 spread.write(node)
@@ -244,7 +163,7 @@ class _Surgery:
                 read = node.all_input_nodes
                 self.gm.graph.erase_node(node)  # a dropout counts as impure, so no sweep takes it
                 erase_unread(read)
-        free = free_sizes(self.gm, {head.entry: range(2, rank + 2) for head in heads})
+        free = free_sizes(self.gm, {head.entry: head.positions for head in heads})
         self._require_local([head.entry for head in heads], free)
         info = self.gm.meta.get(INFO_KEY)
         if isinstance(info, CaptureInfo):
@@ -253,6 +172,18 @@ class _Surgery:
         self.gm.graph.lint()
         self.gm.recompile()
         return self._change(spread, means, heads)
+
+    def _channels_first(self, head: FlattenedMap) -> tuple[fx.Node, ...]:
+        """The permute that gives a map as the kernel reads it, if it needs one."""
+        if head.flat.channels == 1:
+            return ()
+        with self.gm.graph.inserting_before(head.flattened):
+            made = self.gm.graph.call_function(
+                aten.permute.default, (head.entry, [0, head.flat.channels, *head.positions])
+            )
+        made.meta.update(origin(head.flattened))
+        annotate(self.gm, made)
+        return (made,)
 
     def _own(self, weight: fx.Node) -> bool:
         """Whether one call reads a weight, under this name alone."""
@@ -271,6 +202,13 @@ class _Surgery:
                 raise NoMap("flat-output", node, f"is an output and lists a map of {_times(twin.flat.sizes)}")
             if self.scores == "map":
                 return twin.node
+            dtype = tensor_meta(node).dtype
+            if not dtype.is_floating_point:
+                raise NoMap(
+                    "no-mean",
+                    node,
+                    f"is an output of {dtype}, of which scores='mean' has no mean; take 'map'",
+                )
             if node not in means:
                 with self.gm.graph.inserting_before(output):
                     means[node] = self.gm.graph.call_function(
@@ -298,12 +236,13 @@ class _Surgery:
                 raise NoMap(
                     "not-per-position",
                     node,
-                    "mixes positions of the map, so on a larger map no window of it is what it was",
+                    "mixes positions of the map or exchanges its axes, so on a larger map no window of it is "
+                    "what it was",
                 )
             stack += (more := set(node.all_input_nodes) - seen)
             seen |= more
 
-    def _change(self, spread: Spread, means: list[fx.Node], heads: list[_Head]) -> Change:
+    def _change(self, spread: Spread, means: list[fx.Node], heads: list[FlattenedMap]) -> Change:
         """Certify what was written, and describe it.
 
         Raises:
@@ -340,23 +279,6 @@ class _Surgery:
         )
 
 
-def _adaptive(node: fx.Node) -> bool:
-    return op_name(node).startswith("adaptive_avg_pool")
-
-
-def _keeps_all(node: fx.Node) -> bool:
-    """Whether an adaptive pool to more than one position gives the example's map as it is."""
-    sizes = [str(size) for size in tensor_meta(node).shape]
-    source: fx.Node = node.args[0]  # type: ignore[assignment]  # a pool reads a value
-    return sizes == [str(size) for size in tensor_meta(source).shape] and not _to_one(node)
-
-
-def _to_one(node: fx.Node) -> bool:
-    """Whether a pool leaves one position."""
-    sizes: Any = node.args[1]
-    return all(size == 1 for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes]))
-
-
 def _cost(scope: Scope, nodes: list[fx.Node]) -> Cost:
     return sum((node_cost(node, scope.sizes) for node in nodes), Cost(params=scope.params(nodes)[0]))
 
@@ -373,7 +295,3 @@ def _inputs(gm: fx.GraphModule) -> str:
         axes = [str(axis) for axis, size in enumerate(shape) if axis and not isinstance(size, int)]
         parts += [f"axes {', '.join(axes)} of input {str(node.target)!r} are free"] * bool(axes)
     return "; ".join(parts)
-
-
-def _text(node: fx.Node, first: int = 0) -> str:
-    return "(" + ", ".join(str(size) for size in tensor_meta(node).shape[first:]) + ")"

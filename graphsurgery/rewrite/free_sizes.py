@@ -7,8 +7,10 @@ call that needs a certain size either raises, binds a symbol to a number, or lea
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # ships no types
@@ -69,10 +71,11 @@ def free_sizes(gm: fx.GraphModule, wanted: Mapping[fx.Node, Sequence[int]]) -> f
         FixedSize: an axis does not grow, or the graph runs only at certain sizes.
     """
     feeding = _inputs_of(wanted)
+    labels = _labels(gm)
     declined: FixedSize | None = None
     for first in (True, False):  # channels first, then channels last
         asked = {
-            (node, axis): f"{node.name}{axis}"
+            (node, axis): f"{labels[node]}_dim{axis}"
             for node in feeding
             for axis in range(1, tensor_meta(node).dim())
             if axis != (1 if first else tensor_meta(node).dim() - 1)
@@ -85,6 +88,15 @@ def free_sizes(gm: fx.GraphModule, wanted: Mapping[fx.Node, Sequence[int]]) -> f
         except FixedSize as error:
             declined = declined or error
     raise declined or RuntimeError("no layout was tried")
+
+
+def _labels(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """The inputs under the names that the model has for them, where the graph knows them."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    rules = getattr(gm.graph._codegen, "rules", None)
+    if rules is None:
+        return {node: node.name for node in placeholders}
+    return {node: given[0] for node, given in zip(placeholders, rules.inputs, strict=True)}
 
 
 def _inputs_of(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -157,6 +169,18 @@ def _record(trace: _Trace) -> frozenset[sympy.Symbol]:
     return frozenset(trace.symbols.values())
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of a fake kernel that raises: it is an answer here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _Trace:
     """One trace of the calls.
 
@@ -189,7 +213,7 @@ class _Trace:
             if node.op == "output":
                 continue
             try:
-                with self.mode, torch.no_grad():
+                with self.mode, torch.no_grad(), _quiet():
                     self.values[node] = self._value(node)
             except Exception as error:  # a fake kernel raises all kinds
                 line = (str(error).strip().splitlines() or [type(error).__name__])[0]

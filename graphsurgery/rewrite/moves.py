@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from graphsurgery.cost import op_name
 
-__all__ = ["axis_order", "composed", "is_reshape"]
+__all__ = ["axis_order", "composed", "is_reshape", "merged_axes"]
 
 _PERMUTES = frozenset(("permute", "transpose", "t", "numpy_T"))
 _RESHAPES = frozenset(["reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"])
@@ -54,6 +55,32 @@ def is_reshape(node: fx.Node) -> bool:
         return True
     axes: Any = node.args[1] if len(node.args) > 1 else range(value.dim())
     return all(isinstance(value.shape[axis], int) for axis in ([axes] if isinstance(axes, int) else axes))
+
+
+def merged_axes(before: Sequence[int], after: Sequence[int]) -> list[list[int]] | None:
+    """The axes that a reshape merges into each new one.
+
+    Args:
+        before: sizes of the axes.
+        after: sizes of the new axes, of the same product.
+
+    Returns:
+        For each new axis the axes that make it, in order; None where an axis is split.
+    """
+    groups: list[list[int]] = []
+    axis = 0
+    for wanted in after:
+        group, size = [], 1
+        while size < wanted and axis < len(before):
+            group.append(axis)
+            size *= before[axis]
+            axis += 1
+        if size != wanted:
+            return None
+        groups.append(group)
+    if groups:
+        groups[-1] += range(axis, len(before))  # of size 1
+    return groups
 
 
 def composed(outer: fx.Node, inner: fx.Node) -> tuple[Any, list[Any]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from graphsurgery.affine.spread import Spread
 from graphsurgery.cost import graph_cost
 from graphsurgery.errors import PassError
 from graphsurgery.graph import capture_info, structural_hash
+from graphsurgery.layout.flattened import FlattenedMap, HeadSearch
 from graphsurgery.passes import FullyConvolutional
 from graphsurgery.rewrite.contracts import PassResult
 
@@ -35,6 +37,18 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 def features(channels: int = 3) -> nn.Sequential:
     """Unpadded, one position for every two of the input: 14 x 16 gives 6 x 7."""
     return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+
+
+def _view(x: Tensor) -> Tensor:
+    return x.view(x.size(0), -1)
+
+
+def _worked(x: Tensor, s: Tensor) -> Tensor:
+    """Features split, joined, compared, made of length one, less their mean, and sliced."""
+    gate, value = torch.where(x > 0, x, 0.3 * x).chunk(2, -1)
+    x = nn.functional.normalize(torch.cat([gate.sigmoid() * value, nn.functional.hardswish(gate)], 1))
+    x = torch.where(s > 0, x - x.mean(1, keepdim=True), 0.5)
+    return torch.cat([x[:, 1::2], x[:, -5:]], 1)
 
 
 class Classifier(nn.Module):
@@ -176,6 +190,15 @@ def test_a_map_of_one_position() -> None:
         ("scale of features", lambda m, x: m.b(m.a(m.f(x).flatten(1)) * m.s + m.s[None])),
         ("residual in the head", lambda m, x: m.b((h := m.a(m.f(x).flatten(1))) + torch.relu(h))),
         ("features joined", lambda m, x: m.c(torch.cat([h := m.a(m.f(x).flatten(1)), h.relu()], 1))),
+        ("a copy in between", lambda m, x: m.b(m.a(_view(m.f(x).permute(0, 2, 3, 1).contiguous())))),
+        ("norm on channels last", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).tanh().flatten(1)))),
+        ("and back", lambda m, x: m.b(m.a(m.n(m.f(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)))),
+        ("tokens", lambda m, x: m.b(m.a(m.f(x).flatten(2).transpose(1, 2).flatten(1)))),
+        (
+            "maximum pool",
+            lambda m, x: m.b(m.a(m.p(nn.functional.adaptive_max_pool2d(m.f(x), (6, 7)).flatten(1)))),
+        ),
+        ("much with features", lambda m, x: m.b(_worked(m.a(m.f(x).flatten(1)), m.s))),
         ("gated", lambda m, x: m.g(nn.functional.glu(m.a(m.f(x).flatten(1)), dim=-1))),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
@@ -186,7 +209,8 @@ def test_ways_to_write_a_head(name: str, function: Callable[..., Tensor]) -> Non
         lambda: Of(
             function,
             **{"f": features(), "a": nn.Linear(size, 10), "b": nn.Linear(10, 5), "c": nn.Linear(20, 5)},
-            **{"g": nn.Linear(5, 4), "w": nn.Parameter(torch.randn(size, 10) / 13), "s": torch.randn(10)},
+            **{"n": nn.LayerNorm(4), "p": nn.PReLU(), "g": nn.Linear(5, 4)},
+            **{"w": nn.Parameter(torch.randn(size, 10) / 13), "s": torch.randn(10)},
         )
     )
     result = convert(model, noise(2, 3, 14, 16))
@@ -266,6 +290,54 @@ def test_an_identity_pool_is_dropped() -> None:
     assert_equal_on_crops(model, result.graph_module, (14, 16))
 
 
+def test_a_mean_along_one_axis_is_no_global_pool() -> None:
+    """What is left is a map of one axis, which the head lists."""
+    model = seeded(lambda: Of(lambda m, x: m.a(m.f(x).mean(3).flatten(1)), f=features(), a=nn.Linear(24, 5)))
+    result = convert(model, noise(2, 3, 14, 16))
+    assert "a kernel of 6; axes 2 of input 'x'" in result.changes[0].detail
+    x = noise(2, 3, 20, 16)
+    with torch.no_grad():
+        scores = result.graph_module(x)
+        assert tuple(scores.shape) == (2, 5, 4)
+        for at in range(4):
+            assert_close(scores[:, :, at], model.double()(x[:, :, 2 * at : 2 * at + 14]))
+
+
+def test_a_cropped_shortcut() -> None:
+    """A valid convolution beside what it reads, cut to the same size: alike at every position."""
+    model = seeded(
+        lambda: Of(
+            lambda m, x: m.a((m.g(y := m.f(x)) + y[:, :, 1:-1, 1:-1]).flatten(1)),
+            **{"f": features(), "g": nn.Conv2d(4, 4, 3), "a": nn.Linear(80, 5)},
+        )
+    )
+    assert_equal_on_crops(model, convert(model, noise(2, 3, 14, 16)).graph_module, (14, 16))
+
+
+def test_a_pool_that_something_else_reads_stays_for_it() -> None:
+    """The head's is dropped; the output beside it has the pool's size at every size, as in the original."""
+    model = seeded(
+        lambda: Of(
+            lambda m, x: (m.a((y := nn.functional.adaptive_avg_pool2d(m.f(x), (6, 7))).flatten(1)), y.tanh()),
+            **{"f": features(), "a": nn.Linear(168, 5)},
+        )
+    ).double()
+    got = convert(model, noise(2, 3, 14, 16)).graph_module
+    single = Of(lambda m, x: m.inner(x)[0], inner=model)
+    assert_equal_on_crops(single, lambda x: got(x)[0], (14, 16))
+    larger = noise(2, 3, 20, 18)
+    with torch.no_grad():
+        assert_close(got(larger)[1], nn.functional.adaptive_avg_pool2d(model.f(larger), (6, 7)).tanh())
+
+
+def test_smaller_inputs_are_turned_away_by_name() -> None:
+    restored = gs.restore(convert(seeded(lambda: Classifier(mlp())), noise(2, 3, 14, 16)).graph_module)
+    with pytest.raises(
+        ValueError, match="input 'x' has the size 13 on axis 2, expected at least 14 for 'x_dim2'"
+    ):
+        restored(noise(2, 3, 13, 16))
+
+
 def test_padded_features_are_those_of_the_window() -> None:
     """At each position the original head on that window of the map; the crop itself differs at its edges."""
     front = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
@@ -305,6 +377,20 @@ def test_noop_on_what_has_no_flattened_map(function: Callable[..., Tensor]) -> N
 
 
 REFUSED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "pool of maxima": (
+        "pool-not-identity",
+        lambda m, x: m.l(nn.functional.adaptive_max_pool2d(m.f(x), 3).flatten(1)),
+    ),
+    "global maximum": (
+        "global-pool",
+        lambda m, x: m.t(nn.functional.adaptive_max_pool2d(m.f(x), 1).flatten(1)),
+    ),
+    "largest": ("global-pool", lambda m, x: m.t(m.f(x).amax((2, 3)))),
+    "slopes of the list": ("position-weights", lambda m, x: m.a(nn.functional.prelu(m.f(x).flatten(1), m.s))),
+    "a channel flattened": ("fixed-size", lambda m, x: m.c(m.f(x)[:, 0].flatten(1))),
+    "norm of tokens": ("fixed-size", lambda m, x: m.a(m.q(m.f(x).flatten(2).transpose(1, 2)).flatten(1))),
+    "list in pieces": ("not-per-position", lambda m, x: m.k(m.f(x).flatten(1).chunk(2, 1)[0])),
+    "best class": ("no-map-form", lambda m, x: m.a(m.f(x).flatten(1)).argmax(1)),
     "another pool": (
         "pool-not-identity",
         lambda m, x: m.l(nn.functional.adaptive_avg_pool2d(m.f(x), 3).flatten(1)),
@@ -337,7 +423,7 @@ def test_refuses(name: str) -> None:
     infinite = torch.randn(10, 3)
     infinite[2, 1] = float("inf")
     parts = {"f": features(), "a": nn.Linear(168, 10), "l": nn.Linear(36, 5), "t": nn.Linear(4, 5)}
-    parts |= {"k": nn.Linear(84, 5), "n": nn.BatchNorm1d(168)}
+    parts |= {"k": nn.Linear(84, 5), "n": nn.BatchNorm1d(168), "q": nn.LayerNorm(4), "c": nn.Linear(42, 5)}
     model = seeded(
         lambda: Of(function, **parts, s=torch.randn(168), p=torch.randn(4, 6, 7), inf=infinite)  # type: ignore[arg-type]
     )
@@ -363,6 +449,37 @@ def test_refuses_attention_over_positions() -> None:
     assert not result.changes
     assert set(codes(result)) <= {"not-per-position", "fixed-size"}
     assert result.refusals
+
+
+def test_refuses_a_pool_of_a_map_of_free_size() -> None:
+    model = seeded(lambda: Classifier(nn.Linear(36, 5), nn.AdaptiveAvgPool2d(3))).double()
+    height, width = torch.export.Dim("h", min=14, max=99), torch.export.Dim("w", min=16, max=99)
+    gm = gs.capture(model, noise(2, 3, 14, 16), dynamic_shapes={"x": {2: height, 3: width}})
+    result = FullyConvolutional().run(gm)
+    assert codes(result) == ["pool-not-identity"]
+    assert "makes (3, 3) of a map of any size" in result.refusals[0].reason
+
+
+@pytest.mark.parametrize("function", [lambda y: y > 0, lambda y: y.argmax(1, keepdim=True)])
+def test_outputs_that_are_no_floating_point_numbers(function: Callable[[Tensor], Tensor]) -> None:
+    model = seeded(
+        lambda: Of(lambda m, x: function(m.a(m.f(x).flatten(1))), f=features(), a=nn.Linear(168, 5))
+    )
+    got, x = convert(model, noise(2, 3, 14, 16)).graph_module, noise(3, 3, 18, 18)
+    model = model.double()
+    with torch.no_grad():
+        found = got(x)
+        assert found.unique().numel() > 1
+        for i, j in product(range(3), range(2)):
+            crop = x[:, :, 2 * i : 2 * i + 14, 2 * j : 2 * j + 16]
+            assert torch.equal(found[:, :, i, j], model(crop))
+
+
+def test_refuses_the_mean_of_what_has_none() -> None:
+    model = seeded(lambda: Of(lambda m, x: m.a(m.f(x).flatten(1)) > 0, f=features(), a=nn.Linear(168, 5)))
+    result = convert(model, noise(2, 3, 14, 16), scores="mean")
+    assert codes(result) == ["no-mean"]
+    assert "torch.bool" in result.refusals[0].reason
 
 
 def test_refuses_an_unknown_option() -> None:
@@ -449,14 +566,13 @@ def test_detects_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_detects_axes_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels-last flattening read as channels-first: the shapes fit, the numbers are others."""
-    head = module._Surgery._head
+    head = HeadSearch._head
 
-    def wrong(self: Any, node: fx.Node) -> Any:
+    def wrong(self: HeadSearch, node: fx.Node) -> FlattenedMap:
         found = head(self, node)
-        flat = module.Flat(found.flat.sizes, (1, 2, 3), found.flat.moves)
-        return module._Head(found.entry, found.flattened, flat)
+        return replace(found, flat=replace(found.flat, order=(1, 2, 3)))
 
-    monkeypatch.setattr(module._Surgery, "_head", wrong)
+    monkeypatch.setattr(HeadSearch, "_head", wrong)
     model = seeded(
         lambda: Of(lambda m, x: m.a(m.f(x).permute(0, 2, 3, 1).flatten(1)), f=features(), a=nn.Linear(168, 5))
     )
