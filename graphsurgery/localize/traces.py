@@ -18,7 +18,7 @@ from graphsurgery.errors import VerificationError
 from graphsurgery.export.probe import values_of, write_probe
 from graphsurgery.graph import copy_graph_module, module_path, source_line
 from graphsurgery.localize.result import Place
-from graphsurgery.verify import Inputs, Runner, runtime_runner
+from graphsurgery.verify import Inputs, OnnxRunner, Runner, runtime_runner
 
 __all__ = ["OnnxTrace", "TorchTrace", "Trace", "trace_of"]
 
@@ -196,16 +196,20 @@ class OnnxTrace:
         if self._copy is not None:
             shutil.rmtree(self._copy.parent, ignore_errors=True)  # a model each: not all of them at once
         self._copy = copied
-        runner = runtime_runner(self._runtime, copied)
-        return runner if tuple(names) == tuple(called) and not shapes else _Renamed(runner, called, shapes)
+        return _Renamed(runtime_runner(self._runtime, copied), called, shapes, copied)
 
 
 class _Renamed:
-    """A runner whose outputs are given other names and shapes."""
+    """A runner of a file whose outputs are given other names and shapes."""
 
-    def __init__(self, runner: Runner, names: Sequence[str], shapes: Shapes) -> None:
+    def __init__(self, runner: Runner, names: Sequence[str], shapes: Shapes, path: Path) -> None:
         self.name = runner.name
-        self._runner, self._names, self._shapes = runner, names, shapes
+        self._runner, self._names, self._shapes, self._path = runner, tuple(names), shapes, path
+
+    def float64(self) -> Runner | None:
+        """Return the file in float64, whatever it is run on here; None where it is too large for that."""
+        runner = OnnxRunner(self._path, optimised=False).float64()
+        return None if runner is None else _Renamed(runner, self._names, self._shapes, self._path)
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         found = self._runner.run(inputs).values()

@@ -102,6 +102,8 @@ class Baseline:
         batches: The runs that the reference answered.
         data_samples: Samples of the caller's data among them.
         anchor: What the errors are measured against, in words.
+        files_in_float64: Whether a small ONNX candidate is compared in float64 too. A verdict does not: a file's
+            attributes (the epsilon of a norm) are float32 by the standard, and differ there by right.
         structure: What a torch reference returns on the example, in words; None of any other runner.
         notes: Sentences for the verdict.
 
@@ -127,6 +129,7 @@ class Baseline:
     ) -> None:
         self.runner = runner_for(reference)
         self.seed = seed
+        self.files_in_float64 = False
         self.notes: list[str] = []
         example = as_inputs(inputs)
         if any(not (x.is_floating_point() or x.is_complex()) for x in example.tensors()):
@@ -341,7 +344,9 @@ class Baseline:
             return None
         for output in floats:
             output.stored = self._yardstick(output, STORED_WEIGHTS, runs)
-            output.stored.eps = FLOAT64_EPS
+            # Constants of a file (0.1, an epsilon) are in its own dtype, where torch's are Python floats.
+            own = output.yardstick.eps if self.files_in_float64 and output.yardstick else FLOAT64_EPS
+            output.stored.eps = own
             output.stored.kin = output.yardstick
         for draw in range(self.draws):
             runner = self.runner.float64_stored(_SEED_OF_NOISE + draw)

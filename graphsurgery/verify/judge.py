@@ -130,13 +130,14 @@ def _containers(baseline: Baseline, structure: str | None) -> str:
 
 def _exact(baseline: Baseline, candidate: Runner) -> tuple[list[Outputs] | None, list[str]]:
     """Return the candidate's outputs in float64, if both sides can be run in it."""
-    if not isinstance(candidate, TorchRunner):
+    double = getattr(candidate, "float64", None)
+    if double is None or not (isinstance(candidate, TorchRunner) or baseline.files_in_float64):
         return None, []
     try:
-        runs = baseline.measure_stored()
+        runner = double()
+        runs = None if runner is None else baseline.measure_stored()
         if runs is None:
             return None, []
-        runner = candidate.float64()
         return [runner.run(batch.inputs) for batch in baseline.batches[:runs]], []
     except Exception as error:  # noqa: BLE001 - operators without a float64 kernel raise all kinds
         return None, [f"not compared in float64: {type(error).__name__}: {error}"]
