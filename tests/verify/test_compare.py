@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from right_rewrites import Affine, folded, rewrite
 from torch import Tensor, nn
-from verify.rewrites import Affine, folded, rewrite
 
 from graphsurgery.verify import Baseline, Verdict
 from graphsurgery.verify.compare import ORDER_OF_SUMMATION, Yardstick, allowed_factor
