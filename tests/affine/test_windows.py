@@ -172,3 +172,9 @@ def test_how_many_positions_fit_is_how_many_can_be_counted() -> None:
         window = Window(padded, s, lo, lo + taps - 1, 1 if taps > 1 else 0)
         counted = sum(s * p + taps <= padded for p in range(padded))
         assert max(0, fits(padded, window)) == counted
+
+
+def test_the_probe_of_an_ordinary_window_ends_with_its_last_tap() -> None:
+    for s, lo, taps, step in itertools.product((1, 2, 3), (-3, -1, 0, 2), (1, 2, 4), (1, 2)):
+        window = Window(50, s, lo, lo + step * (taps - 1), step if taps > 1 else 0)
+        assert s * interior(window) + window.offset(window.taps - 1) == window.probe_size() - 1
