@@ -38,11 +38,13 @@ The candidate passes when, for every s and g,
 
     error[s,g] <= factor * T[s,g] + floor[s,g]
     floor[s,g] = 4 eps * scale[s,g] + smallest normal number
-    factor     = c * sqrt( ln(2 N m / a) / ln(2 m k) )
+    factor     = c * sqrt( ln(2 N m / a) / ln(2 n[s,g] k) )
 
 The square root is the ratio of two extremes of normal noise: the greatest of all N m values that the
 candidate is judged on (m in each of N slices), exceeded with probability `a` = 1e-6, over the greatest of the
-m k values that one entry of the table was made from. `c` = 4 is for programs that add in another order: the
+n k values that one entry of the table was made from. `n` counts the values of the slice that moved in any
+draw, at least 1: what a ReLU holds at zero measures nothing, and a channel that is open at one position is
+one number, whatever the size of its map. `c` = 4 is for programs that add in another order: the
 error of a sum of n terms grows between sqrt(log n) (pairwise) and sqrt(n / 2) (one after the other) for terms
 of random sign [Higham, Mary 2019], and between the blocked sums of the kernels in use that ratio stays below
 4. In float64, where the sums are
@@ -87,18 +89,22 @@ FLOAT64_EPS = 2.0**-52
 """Unit of the floor where both programs are run in float64."""
 
 
-def allowed_factor(slices: int, elements: int, draws: int, program: float) -> float:
+def allowed_factor(slices: int, elements: int, moved: Tensor, draws: int, program: float) -> Tensor:
     """Return the factor of the module's docstring.
 
     Args:
         slices: N, number of slices judged.
         elements: m, elements in one slice.
+        moved: n, how many of them moved: (case, slice), integers.
         draws: k, runs that the noise was measured on.
         program: c, ratio of rounding errors between programs of one function.
+
+    Returns:
+        (case, slice), float64.
     """
     many = math.log(2.0 * max(1, slices) * max(1, elements) / FALSE_ALARM)
-    few = math.log(2.0 * max(1, elements) * max(1, draws))
-    return program * math.sqrt(many / few)
+    few = (2.0 * max(1, draws) * moved.clamp_min(1).to(torch.float64)).log()
+    return program * (many / few).sqrt()
 
 
 def canonical(value: Tensor, rows: int, stacked: bool) -> Tensor:
@@ -137,10 +143,12 @@ class Yardstick:
     kin: Yardstick | None = None
     reference: _Spread | None = None
     noise: dict[int, list[Tensor]] = field(default_factory=dict)
+    moved: list[Tensor] = field(default_factory=list)
 
     def add_draw(self, outputs: list[Tensor], *, reference: bool = False) -> None:
         """Take one run of the reference (`reference`: as it is, not nudged) into the noise."""
         errors = [_errors(value, anchor) for value, anchor in zip(outputs, self.anchors, strict=True)]
+        self._add_moved([error > 0 for error in errors])
         for axis in self._axes():
             found = [_slice_max(error, axis) for error in errors]
             old = self.noise.get(axis)
@@ -156,6 +164,11 @@ class Yardstick:
         for axis, noise in self.noise.items():
             pairs = zip(noise, other.noise.get(axis, []), strict=False)
             self.noise[axis] = [torch.maximum(own, share * there) for own, there in pairs] or noise
+        self._add_moved(other.moved)
+
+    def _add_moved(self, found: list[Tensor]) -> None:
+        old = self.moved
+        self.moved = [a | b for a, b in zip(old, found, strict=False)] if old else found
 
     def _axes(self) -> tuple[int, ...]:
         ndim = min(anchor.ndim for anchor in self.anchors)
@@ -192,13 +205,14 @@ class Yardstick:
         """Return, per run, the allowed error of each element along axis 1, as (case, channel)."""
         return [floor + factor * level for factor, level, floor in self._levels(1)]
 
-    def _levels(self, axis: int) -> list[tuple[float, Tensor, Tensor]]:
-        """Return factor, T and floor of each run, the last two as (case, slice)."""
+    def _levels(self, axis: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return factor, T and floor of each run, each as (case, slice)."""
         scales = [_slice_max(_finite(anchor).abs(), axis) for anchor in self.anchors]
         noises = self.noise.get(axis) or [torch.zeros_like(scale) for scale in scales]
         slices = sum(scale.numel() for scale in scales)
-        levels: list[tuple[float, Tensor, Tensor]] = []
-        for anchor, scale, noise in zip(self.anchors, scales, noises, strict=True):
+        moved = self.moved or [torch.zeros_like(anchor, dtype=torch.bool) for anchor in self.anchors]
+        levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        for anchor, scale, noise, mask in zip(self.anchors, scales, noises, moved, strict=True):
             alike = [i for i, other in enumerate(scales) if other.shape[1] == scale.shape[1]]
             level = _level(
                 noise,
@@ -208,7 +222,7 @@ class Yardstick:
                 self._shares_of_kin(axis, scale.shape[1]),
             )
             elements = anchor.numel() // max(1, scale.numel())
-            factor = allowed_factor(slices, elements, self.draws, self.program)
+            factor = allowed_factor(slices, elements, _slice_count(mask, axis), self.draws, self.program)
             levels.append((factor, level, ELEMENTARY_ULPS * self.eps * scale + self.smallest))
         return levels
 
@@ -238,7 +252,9 @@ class Yardstick:
             if float(share.max()) > best.share:
                 case, channel = divmod(int(share.argmax()), share.shape[1])
                 flat = _flat_index(errors[run], axis, case, channel)
-                best = _Part(float(share.max()), 0.0, factor, 0.0, 0.0, (run, case, flat))
+                best = _Part(
+                    float(share.max()), 0.0, float(factor[case, channel]), 0.0, 0.0, (run, case, flat)
+                )
         known = torch.cat(resolutions) if resolutions else torch.empty(0)
         middle, least = (float(known.median()), float(known.min())) if known.numel() else (0.0, 0.0)
         return _Part(best.share, needed, best.factor, middle, least, best.place)
@@ -295,12 +311,20 @@ def _errors(value: Tensor, anchor: Tensor) -> Tensor:
     return torch.where(both, (value - anchor).abs(), torch.zeros_like(anchor))
 
 
+def _slices(value: Tensor, axis: int) -> Tensor:
+    """Return (case, slice, element) of (case, ...)."""
+    return value.movedim(axis, 1).flatten(2) if value.ndim > 2 else value.unsqueeze(-1)
+
+
 def _slice_max(value: Tensor, axis: int) -> Tensor:
     """Return (case, slice): the greatest value of each slice along `axis`."""
-    moved = value.movedim(axis, 1).flatten(2) if value.ndim > 2 else value.unsqueeze(-1)
-    if moved.numel() == 0:
-        return value.new_zeros(moved.shape[:2])
-    return moved.amax(2)
+    slices = _slices(value, axis)
+    return slices.amax(2) if slices.numel() else value.new_zeros(slices.shape[:2])
+
+
+def _slice_count(mask: Tensor, axis: int) -> Tensor:
+    """Return (case, slice): how many of each slice along `axis` are True."""
+    return _slices(mask, axis).sum(2)
 
 
 def _flat_index(error: Tensor, axis: int, case: int, channel: int) -> int:

@@ -92,6 +92,11 @@ class OutputVerdict:
     top1_agreed: int = 0
 
     @property
+    def within_noise(self) -> bool:
+        """Whether no comparison of it found more than the factor allows."""
+        return all(comparison.ok for comparison in (self.native, self.float64) if comparison is not None)
+
+    @property
     def max_error(self) -> float:
         """Greatest error in the output's own dtype; 0 for integers."""
         return self.native.max_error if self.native else 0.0

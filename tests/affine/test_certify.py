@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphsurgery.affine.certify import LIMIT, residual
+from graphsurgery.affine.certify import LIMIT, SAMPLES, _batch, deviation, louder, residual
 from graphsurgery.affine.choice import options
 from graphsurgery.affine.coefficients import Coefficients, fill
 from graphsurgery.affine.region import Region, Scope
@@ -134,3 +134,31 @@ def test_a_long_chain_whose_signal_dies_away_is_still_certified() -> None:
     bias = filled.slots["bias"].clone()
     bias[3] *= 1 + 1e-3
     assert residual(region, filled.form, {**filled.slots, "bias": bias}) > LIMIT
+
+
+def test_the_unit_written_out() -> None:
+    """A channel's variation, at least 1e-4 of the largest, and 2**-45 / 1e-11 of the largest value."""
+    wanted = torch.tensor([[-1.0, 10.0, 0.0], [3.0, 10.0, 1e-6]], dtype=torch.float64)
+    shift = 10.0 * 2.0**-45 / 1e-11
+    for channel, unit in ((0, 4.0 + shift), (1, 4e-4 + shift), (2, 4e-4 + shift)):
+        got = wanted.clone()
+        got[1, channel] += 1e-3
+        assert deviation(wanted, got, [0]) == pytest.approx(1e-3 / unit, rel=1e-9)
+    assert deviation(wanted.T, got.T, [1]) == deviation(wanted, got, [0])
+
+
+def test_a_channel_has_positions_enough_to_be_measured() -> None:
+    """4 samples of a Linear; of 25 positions one picture is enough."""
+    region, _ = region_of(two_linears(), torch.randn(3, 16, dtype=torch.float64))
+    assert _batch(region) == SAMPLES
+    convolutions = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 3)).double()
+    region, _ = region_of(convolutions, torch.randn(3, 2, 7, 7, dtype=torch.float64))
+    assert _batch(region) == 1
+
+
+def test_only_a_large_shift_makes_the_input_louder() -> None:
+    """Of `x + shift` by 2**7: the shift over the linear part, which is as large as x."""
+    x = torch.tensor([[-1.0], [0.5]], dtype=torch.float64)
+    for shift, gain in ((100.0, 1.0), (1000.0, 1000.5), (-1000.0, 1001.0)):
+        assert louder(x + shift, [0], lambda value, by=shift: value + by, x) == pytest.approx(gain)
+    assert louder(x * 0 + 5.0, [0], lambda value: value * 0 + 5.0, x) == 1.0  # nothing reads the entry

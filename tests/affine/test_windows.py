@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
-from graphsurgery.affine.windows import Window, interior
+from graphsurgery.affine.windows import Window, fits, interior
 
 Pairs = set[tuple[int, int]]
 
@@ -131,6 +132,18 @@ def test_sightings_see_every_tap_that_counts_once(seed: int, flip: bool) -> None
         positions = rng.randint(1, 5)
     if positions < 1:
         return
+    assert_all_seen(window, base, positions)
+
+
+def test_sightings_in_maps_smaller_than_the_window() -> None:
+    """Taps that the first interior position does not meet, as the map ends before: strides and holes."""
+    sizes = itertools.product(range(1, 5), range(1, 4), (2, 3), range(-6, 1), range(2, 5), (1, 2))
+    for base, positions, s, lo, taps, step in sizes:
+        assert_all_seen(Window(base, s, lo, lo + step * (taps - 1), step), base, positions)
+
+
+def assert_all_seen(window: Window, base: int, positions: int) -> None:
+    flip = window.transposed
     met = {
         tap
         for tap in range(window.taps)
@@ -152,3 +165,16 @@ def test_the_probe_size_shows_all_taps_at_one_position(seed: int) -> None:
     size = window.probe_size()
     positions = window.s * (size - 1) + window.tail + 1
     assert window.sightings(size, positions) == [(interior(window), list(range(window.taps)))]
+
+
+def test_how_many_positions_fit_is_how_many_can_be_counted() -> None:
+    for padded, s, lo, taps in itertools.product(range(1, 9), (1, 2, 3), (-2, 0, 1), (1, 2, 3)):
+        window = Window(padded, s, lo, lo + taps - 1, 1 if taps > 1 else 0)
+        counted = sum(s * p + taps <= padded for p in range(padded))
+        assert max(0, fits(padded, window)) == counted
+
+
+def test_the_probe_of_an_ordinary_window_ends_with_its_last_tap() -> None:
+    for s, lo, taps, step in itertools.product((1, 2, 3), (-3, -1, 0, 2), (1, 2, 4), (1, 2)):
+        window = Window(50, s, lo, lo + step * (taps - 1), step if taps > 1 else 0)
+        assert s * interior(window) + window.offset(window.taps - 1) == window.probe_size() - 1
