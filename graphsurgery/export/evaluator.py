@@ -124,7 +124,7 @@ def _node_to_float64(node: onnx.NodeProto) -> list[Any]:
     for attribute in node.attribute:
         if attribute.HasField("t"):
             _tensor_to_float64(attribute.t)
-        # not `stash_type`: the evaluator computes a norm in the dtype of its values, and takes no other number
+        # not `stash_type`: the evaluator computes a norm in its values' dtype, and takes no other number
         if attribute.name in {"to", "dtype", "output_dtype"} and attribute.i in _LOW:
             attribute.i = TensorProto.DOUBLE
         subgraphs += [attribute.g] if attribute.HasField("g") else []

@@ -103,8 +103,8 @@ class Baseline:
         batches: The runs that the reference answered.
         data_samples: Samples of the caller's data among them.
         anchor: What the errors are measured against, in words.
-        files_in_float64: Whether a small ONNX candidate is compared in float64 too. A verdict does not: a file's
-            attributes (the epsilon of a norm) are float32 by the standard, and differ there by right.
+        files_in_float64: Whether a small ONNX candidate is compared in float64 too. A verdict does not: a
+            file's attributes (the epsilon of a norm) are float32 by the standard, and differ there by right.
         structure: What a torch reference returns on the example, in words; None of any other runner.
         notes: Sentences for the verdict.
 
