@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphsurgery.errors import VerificationError
 from graphsurgery.export import OnnxSession, latency_ms, node_counts
-from graphsurgery.verify import Baseline, verify
+from graphsurgery.verify import Baseline, Inputs, OnnxRunner, verify
 
 
 class Net(nn.Module):
@@ -163,3 +163,29 @@ def test_session_and_counts(net: Net, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(session.run({"image": image()})["logits"], net(image()))
     assert node_counts(path) == {"Conv": 1, "Relu": 1, "Flatten": 1, "Gemm": 1}
+
+
+def test_a_file_with_a_layer_norm_has_a_float64_anchor(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    arrays = {"s": torch.rand(6).numpy() + 0.5, "b": torch.randn(6).numpy()}
+    graph = helper.make_graph(
+        [helper.make_node("LayerNormalization", ["x", "s", "b"], ["y"], axis=-1, epsilon=1e-3, stash_type=1)],
+        "norm",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "norm.onnx")
+    x = torch.randn(4, 6)
+    verdict = verify(tmp_path / "norm.onnx", tmp_path / "norm.onnx", x)
+    assert verdict.anchor == "onnxruntime norm.onnx in float64"
+    norm = nn.LayerNorm(6, eps=1e-3).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.from_numpy(arrays["s"]))
+        norm.bias.copy_(torch.from_numpy(arrays["b"]))
+    double = OnnxRunner(tmp_path / "norm.onnx").float64()
+    assert double is not None
+    (found,) = double.run(Inputs((x,))).values()
+    # the file's epsilon is a float32, 5e-8 off: of a variance near 1 that is 5e-11
+    assert float((found - norm(x.double()).detach()).abs().max()) < 1e-9
