@@ -196,7 +196,12 @@ class OnnxTrace:
         if self._copy is not None:
             shutil.rmtree(self._copy.parent, ignore_errors=True)  # a model each: not all of them at once
         self._copy = copied
-        return _Renamed(runtime_runner(self._runtime, copied), called, shapes, copied)
+        runner = runtime_runner(self._runtime, copied)
+        return (
+            runner
+            if tuple(names) == tuple(called) and not shapes
+            else _Renamed(runner, called, shapes, copied)
+        )
 
 
 class _Renamed:
