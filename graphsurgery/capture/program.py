@@ -117,10 +117,13 @@ def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
         return CaptureError(f"{type(model).__name__} cannot be captured with these dynamic_shapes: {found}.")
     if "DataDependent" in kind or "data-dependent" in str(error):
         why = "its control flow depends on the values of a tensor"
-        advice = "write the choice as torch.where, or capture the submodules on either side of it"
+        advice = "write the choice as torch.where, or let gs.optimize_parts work on the submodules around it"
     else:
         why = f"torch.export cannot trace it ({_complaint(error)})"
-        advice = "rewrite that line with traceable operations, or capture the submodules around it"
+        advice = (
+            "rewrite that line with traceable operations, or let gs.optimize_parts work on the submodules "
+            "around it"
+        )
     return CaptureError(f"{type(model).__name__} cannot be captured{_at(error)}: {why}; {advice}.")
 
 

@@ -1,0 +1,192 @@
+"""Fold one part of a model: the sizes it is captured for, and the check on the calls it was seen in.
+
+A graph takes no other sizes than it was captured for, and its model may call it with others tomorrow. So all
+axes are left free that tracing can leave free (`Dim.AUTO`), on the largest of the recorded calls, its batch
+widened to two, as a size of one is taken for a constant. Where that fails, those axes are free that differ
+between the calls, and the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from graphsurgery.capture.inputs import Inputs
+from graphsurgery.capture.program import run_model
+from graphsurgery.cost import CostModel
+from graphsurgery.errors import CaptureError, GraphSurgeryError
+from graphsurgery.partial.calls import size
+from graphsurgery.pipeline import OptimizeResult, Passes, VerifyMode, optimize
+from graphsurgery.report import Report
+from graphsurgery.report.parts import PartStatus
+from graphsurgery.verify import Inputs as Called
+from graphsurgery.verify import accepted_by, verify
+
+__all__ = ["Outcome", "Settings", "fold_part"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `optimize` that every part is optimised with."""
+
+    passes: Passes = None
+    verify: VerifyMode = "final"
+    max_param_growth: float | None = None
+    cost: str | CostModel | None = None
+
+    def optimize(self, module: nn.Module, inputs: Inputs, shapes: Any, mode: VerifyMode) -> OptimizeResult:
+        """Optimise a part on a call of its own."""
+        return optimize(
+            module,
+            inputs,
+            passes=self.passes,
+            verify=mode,
+            dynamic_shapes=shapes,
+            max_param_growth=self.max_param_growth,
+            cost=self.cost,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part.
+
+    Attributes:
+        status: `"folded"`, `"unchanged"` or `"refused"`.
+        code: Stable code of a refusal.
+        reason: One sentence.
+        result: The folded part.
+        report: Its report, also where nothing was changed.
+    """
+
+    status: PartStatus
+    code: str
+    reason: str
+    result: OptimizeResult | None = None
+    report: Report | None = None
+
+
+def fold_part(module: nn.Module, calls: Sequence[Inputs], settings: Settings) -> Outcome:
+    """Optimise a module for the calls that it was seen in, and compare the two on each of them.
+
+    Args:
+        module: The part, in evaluation mode; it is not changed.
+        calls: Calls of one form and of different sizes.
+        settings: Options of `optimize`.
+    """
+    try:
+        return _fold(module, calls, settings)
+    except CaptureError as error:
+        return Outcome("refused", "not-captured", str(error))
+    except GraphSurgeryError as error:
+        return Outcome("refused", "failed", str(error))
+    except Exception as error:  # noqa: BLE001 - one part that fails leaves the others to be folded
+        return Outcome("refused", "failed", f"{type(error).__name__}: {str(error).strip()[:300]}")
+
+
+def _fold(module: nn.Module, calls: Sequence[Inputs], settings: Settings) -> Outcome:
+    largest = max(calls, key=size)
+    report = settings.optimize(module, largest, None, "off").report  # cheaper than with all sizes free
+    if not report.changes:
+        return Outcome("unchanged", "", "there is nothing to fold", report=report)
+    problem = "", ""
+    for inputs, shapes in _attempts(module, largest, calls):
+        try:
+            result = settings.optimize(module, inputs, shapes, settings.verify)
+        except CaptureError as error:
+            problem = problem if problem[0] else ("not-captured", str(error))
+            continue
+        if not result.report.changes:
+            failed = next((failure.reason for failure in result.report.failures), "")
+            reason = (
+                f"its folds were undone: {failed}" if failed else "there is nothing to fold at free sizes"
+            )
+            problem = "nothing-left", reason
+            report = result.report
+            continue
+        found = _departs(module, result.module, calls, compare=settings.verify != "off")
+        if found is None:
+            return Outcome("folded", "", _sizes(result.report), result, result.report)
+        problem = found
+        if found[0] == "differs":
+            break
+    if problem[0] == "nothing-left":
+        return Outcome("unchanged", "", problem[1], report=report)
+    return Outcome("refused", *problem, report=report)
+
+
+def _sizes(report: Report) -> str:
+    taken = ", ".join(f"{spec.name} {'x'.join(spec.shape) or spec.dtype}" for spec in report.captured.inputs)
+    return f"{len(report.changes)} changes; it takes {taken}"
+
+
+def _attempts(
+    module: nn.Module, largest: Inputs, calls: Sequence[Inputs]
+) -> Iterator[tuple[Inputs, dict[str, Any] | None]]:
+    """Example inputs and `dynamic_shapes`, the most general ones first."""
+    wide = _widened(module, largest)
+    axes = [range(tensor.ndim) for tensor in wide.tensors()]
+    yield wide, _shapes(module, wide, axes)
+    shapes = zip(*([tensor.shape for tensor in call.tensors()] for call in calls), strict=True)
+    varying = [
+        [axis for axis, sizes in enumerate(zip(*own, strict=True)) if len({*sizes}) > 1] for own in shapes
+    ]
+    if not any(varying):
+        yield largest, None
+        return
+    carriers = wide.carriers()
+    for index, own in enumerate(varying):
+        if index in carriers and 0 not in own:
+            own.insert(0, 0)
+    yield wide, _shapes(module, wide, varying)
+
+
+def _widened(module: nn.Module, inputs: Inputs) -> Inputs:
+    """Return a call with a batch of two where it was one and the module takes that."""
+    if inputs.batch() != 1:
+        return inputs
+    wide = inputs.with_batch(2, inputs.carriers())
+    try:
+        run_model(module, wide)
+    except CaptureError:
+        return inputs
+    return wide
+
+
+def _shapes(module: nn.Module, inputs: Inputs, axes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return `dynamic_shapes` in which these axes of the tensors are free, but for those of size 0 and 1."""
+    left = iter(axes)
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        return {axis: Dim.AUTO for axis in next(left) if value.shape[axis] > 1}
+
+    specs = pytree.tree_map(leaf, (inputs.args, inputs.kwargs))
+    bound = inspect.signature(module.forward).bind(*specs[0], **specs[1])
+    return dict(bound.arguments)
+
+
+def _departs(
+    module: nn.Module, part: nn.Module, calls: Sequence[Inputs], *, compare: bool
+) -> tuple[str, str] | None:
+    """Return code and reason where the folded part does not stand for the module in a recorded call."""
+    accepts = accepted_by([part])
+    for call in calls:
+        called = Called(call.args, call.kwargs)
+        if accepts is not None and not accepts(called):
+            return "sizes", (
+                f"it was called with {call.describe()} too, which its graph does not take: tracing fixes a "
+                "size that differs between the calls"
+            )
+        if compare:
+            verdict = verify(module, part, called, samples=1, free_sizes={})
+            if not verdict.ok:
+                return "differs", f"on a recorded call ({call.describe()}): {verdict.reason}"
+    return None
