@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from graphsurgery import passes as _passes
-from graphsurgery.capture.inputs import Inputs, normalize
+from graphsurgery.capture.inputs import Inputs, difference, normalize
 from graphsurgery.capture.program import quiet
 from graphsurgery.capture.state import kept, unwrap
 from graphsurgery.cost import CostModel
-from graphsurgery.errors import CaptureError
-from graphsurgery.partial.calls import free_of_history, merged, own_copy
+from graphsurgery.errors import CaptureError, VerificationError
+from graphsurgery.partial.calls import comparable, free_of_history, merged, own_copy
 from graphsurgery.partial.fold import Outcome, Settings, fold_part
 from graphsurgery.partial.graft import Grafts
 from graphsurgery.partial.record import Recorder
@@ -44,6 +44,7 @@ def optimize_parts(
     method: str = "forward",
     further_calls: Iterable[Any] = (),
     keep: Collection[str] = (),
+    fixed_sizes: bool = False,
     passes: Passes = None,
     verify: VerifyMode = "final",
     max_param_growth: float | None = None,
@@ -67,6 +68,8 @@ def optimize_parts(
             calls must be free in the parts.
         keep: Paths of modules that must stay what they are (`""` is the model itself); what is inside of
             them is still looked at.
+        fixed_sizes: Whether a part may be replaced by a graph that takes fewer sizes than the part itself,
+            and raises a `ValueError` on others; of use where all calls have the sizes of the recorded ones.
         passes: As for `optimize`.
         verify: As for `optimize`, for each part; `"off"` compares the whole with the original neither.
         max_param_growth: As for `optimize`.
@@ -85,7 +88,7 @@ def optimize_parts(
     _passes.select(passes, cost)  # what is unknown is said before any work is done
     calls = [merged(normalize(args), kwargs), *(merged(normalize(call), None) for call in further_calls)]
     surgery = _Surgery(_copied(unwrap(model)), calls, method, keep, on_event)
-    settings = Settings(passes, verify, max_param_growth, cost)
+    settings = Settings(passes, verify, max_param_growth, cost, fixed_sizes)
     with torch.inference_mode(False):
         return surgery.result(settings)
 
@@ -130,8 +133,17 @@ class _Surgery:
         start = time.perf_counter()
         self._tell("stage-start", "record", 0)
         with kept(self.model):
-            self._run()  # what is cached in a first call is no state that changes from call to call
+            first = comparable(self._run())
+        with kept(self.model):
+            # What is cached in a first call is no state that changes from call to call.
+            again = comparable(self._run())
             self.recorder.look(self._run)
+        found = difference(first, again)
+        if found is not None:
+            raise VerificationError(
+                f"{type(self.model).__name__} differs from itself when it is called again: {found}; look for "
+                "randomness or state outside of it, as nothing can be compared with it"
+            )
         start = self._lap("record", start)
         screen = Screen(self.recorder, self.keep, default_passes=settings.passes is None)
         with kept(self.model):

@@ -17,7 +17,16 @@ from torch.utils import _pytree as pytree
 
 from graphsurgery.capture.inputs import Inputs
 
-__all__ = ["NotPlainError", "form_of", "free_of_history", "merged", "own_copy", "size", "tensors_in"]
+__all__ = [
+    "NotPlainError",
+    "comparable",
+    "form_of",
+    "free_of_history",
+    "merged",
+    "own_copy",
+    "size",
+    "tensors_in",
+]
 
 _FIXED = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -87,3 +96,19 @@ def free_of_history(tensors: Iterable[Any]) -> dict[int, Any]:
     """Return a memo for `copy.deepcopy`, which declines tensors that autograd has made (`weight_norm`)."""
     made = [value for value in tensors if isinstance(value, Tensor) and value.grad_fn is not None]
     return {id(value): value.detach().clone() for value in made}
+
+
+def comparable(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+    """Return what can be compared of a result: of objects (a cache) the tensors and numbers in them."""
+    if isinstance(value, (Tensor, bool, int, float, complex)) or value is None:
+        return value
+    if id(value) in seen:
+        return None
+    inside = seen | {id(value)}
+    if isinstance(value, Mapping):
+        return {str(key): comparable(item, inside) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [comparable(item, inside) for item in value]
+    if isinstance(value, (str, type, nn.Module)) or not hasattr(value, "__dict__"):
+        return None
+    return {name: comparable(item, inside) for name, item in vars(value).items()}

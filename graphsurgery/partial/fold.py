@@ -22,13 +22,15 @@ from graphsurgery.capture.program import run_model
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, GraphSurgeryError
 from graphsurgery.partial.calls import size
+from graphsurgery.partial.departure import departure
 from graphsurgery.pipeline import OptimizeResult, Passes, VerifyMode, optimize
 from graphsurgery.report import Report
 from graphsurgery.report.parts import PartStatus
-from graphsurgery.verify import Inputs as Called
-from graphsurgery.verify import accepted_by, verify
 
 __all__ = ["Outcome", "Settings", "fold_part"]
+
+_MOST_FREE = 10
+"""Axes that are all left free; capture tries free sizes of 0 and 1 in pairs and triples."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,15 @@ class Settings:
     verify: VerifyMode = "final"
     max_param_growth: float | None = None
     cost: str | CostModel | None = None
+    fixed_sizes: bool = False
 
-    def optimize(self, module: nn.Module, inputs: Inputs, shapes: Any, mode: VerifyMode) -> OptimizeResult:
+    def optimize(self, module: nn.Module, inputs: Inputs, shapes: Any) -> OptimizeResult:
         """Optimise a part on a call of its own."""
         return optimize(
             module,
             inputs,
             passes=self.passes,
-            verify=mode,
+            verify=self.verify,
             dynamic_shapes=shapes,
             max_param_growth=self.max_param_growth,
             cost=self.cost,
@@ -91,34 +94,41 @@ def fold_part(module: nn.Module, calls: Sequence[Inputs], settings: Settings) ->
 
 
 def _fold(module: nn.Module, calls: Sequence[Inputs], settings: Settings) -> Outcome:
-    largest = max(calls, key=size)
-    report = settings.optimize(module, largest, None, "off").report  # cheaper than with all sizes free
-    if not report.changes:
-        return Outcome("unchanged", "", "there is nothing to fold", report=report)
-    problem = "", ""
-    for inputs, shapes in _attempts(module, largest, calls):
+    problem, report = ("", ""), None
+    for inputs, shapes in _attempts(module, calls):
         try:
-            result = settings.optimize(module, inputs, shapes, settings.verify)
+            result = settings.optimize(module, inputs, shapes)
         except CaptureError as error:
             problem = problem if problem[0] else ("not-captured", str(error))
             continue
-        if not result.report.changes:
-            failed = next((failure.reason for failure in result.report.failures), "")
-            reason = (
-                f"its folds were undone: {failed}" if failed else "there is nothing to fold at free sizes"
-            )
-            problem = "nothing-left", reason
-            report = result.report
-            continue
-        found = _departs(module, result.module, calls, compare=settings.verify != "off")
+        report = result.report
+        idle = _idle(report, settings)
+        if idle:
+            return Outcome("unchanged", "", idle, report=report)
+        found = departure(
+            module,
+            result.module,
+            calls,
+            compare=settings.verify != "off",
+            fixed_sizes=settings.fixed_sizes,
+        )
         if found is None:
-            return Outcome("folded", "", _sizes(result.report), result, result.report)
+            return Outcome("folded", "", _sizes(report), result, report)
         problem = found
         if found[0] == "differs":
             break
-    if problem[0] == "nothing-left":
-        return Outcome("unchanged", "", problem[1], report=report)
     return Outcome("refused", *problem, report=report)
+
+
+def _idle(report: Report, settings: Settings) -> str:
+    """Return why a part is not worth a graft, "" if it is."""
+    if not report.changes:
+        undone = next((failure.reason for failure in report.failures), "")
+        return f"its folds were undone: {undone}" if undone else "there is nothing to fold"
+    before, after = report.before, report.after
+    if settings.passes is None and (after.flops, after.parameters) == (before.flops, before.parameters):
+        return f"its {len(report.changes)} changes save no work: {before.flops:,} FLOPs before and after"
+    return ""
 
 
 def _sizes(report: Report) -> str:
@@ -126,19 +136,21 @@ def _sizes(report: Report) -> str:
     return f"{len(report.changes)} changes; it takes {taken}"
 
 
-def _attempts(
-    module: nn.Module, largest: Inputs, calls: Sequence[Inputs]
-) -> Iterator[tuple[Inputs, dict[str, Any] | None]]:
+def _attempts(module: nn.Module, calls: Sequence[Inputs]) -> Iterator[tuple[Inputs, dict[str, Any] | None]]:
     """Example inputs and `dynamic_shapes`, the most general ones first."""
+    largest = max(calls, key=size)
     wide = _widened(module, largest)
-    axes = [range(tensor.ndim) for tensor in wide.tensors()]
-    yield wide, _shapes(module, wide, axes)
+    every = [range(tensor.ndim) for tensor in wide.tensors()]
+    if sum(map(len, every)) <= _MOST_FREE:
+        yield wide, _shapes(module, wide, every)
+        if wide is not largest:
+            yield largest, _shapes(module, largest, every)
     shapes = zip(*([tensor.shape for tensor in call.tensors()] for call in calls), strict=True)
     varying = [
         [axis for axis, sizes in enumerate(zip(*own, strict=True)) if len({*sizes}) > 1] for own in shapes
     ]
     if not any(varying):
-        yield largest, None
+        yield largest, None  # the batch alone
         return
     carriers = wide.carriers()
     for index, own in enumerate(varying):
@@ -171,22 +183,3 @@ def _shapes(module: nn.Module, inputs: Inputs, axes: Sequence[Sequence[int]]) ->
     specs = pytree.tree_map(leaf, (inputs.args, inputs.kwargs))
     bound = inspect.signature(module.forward).bind(*specs[0], **specs[1])
     return dict(bound.arguments)
-
-
-def _departs(
-    module: nn.Module, part: nn.Module, calls: Sequence[Inputs], *, compare: bool
-) -> tuple[str, str] | None:
-    """Return code and reason where the folded part does not stand for the module in a recorded call."""
-    accepts = accepted_by([part])
-    for call in calls:
-        called = Called(call.args, call.kwargs)
-        if accepts is not None and not accepts(called):
-            return "sizes", (
-                f"it was called with {call.describe()} too, which its graph does not take: tracing fixes a "
-                "size that differs between the calls"
-            )
-        if compare:
-            verdict = verify(module, part, called, samples=1, free_sizes={})
-            if not verdict.ok:
-                return "differs", f"on a recorded call ({call.describe()}): {verdict.reason}"
-    return None

@@ -7,6 +7,7 @@ names up: a module of which more is used than its call cannot be replaced by a g
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -210,9 +211,17 @@ class Recorder:
 
 
 def _is_method_of(module: nn.Module, frame: FrameType) -> bool:
-    """Whether the code of a frame is a method that was called on this module."""
-    names = frame.f_code.co_varnames
-    return bool(names) and frame.f_locals.get(names[0]) is module
+    """Whether the code of a frame is a method of this module's class that was called on it."""
+    code = frame.f_code
+    names = code.co_varnames
+    if not names or frame.f_locals.get(names[0]) is not module:
+        return False
+    for kind in type(module).__mro__:
+        found = vars(kind).get(code.co_name)
+        found = found.fget if isinstance(found, property) else found
+        if callable(found) and getattr(inspect.unwrap(found), "__code__", None) is code:
+            return True
+    return False
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

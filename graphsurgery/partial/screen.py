@@ -102,7 +102,9 @@ class Screen:
 
     def _state(self, module: nn.Module) -> str:
         for part in module.modules():
-            names = self._recorder.changed.get(id(part))
+            hooks = [hook for table in _HOOKS for hook in getattr(part, table).values()]
+            own = {hook.name for hook in hooks if isinstance(hook, _CAPTURED)}  # the weight it computes
+            names = [name for name in self._recorder.changed.get(id(part), ()) if name not in own]
             if names:
                 return f"{names[0]!r} of {self._recorder.path(part) or 'the model'}"
         return ""

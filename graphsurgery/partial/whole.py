@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import GraphSurgeryError, VerificationError
+from graphsurgery.partial.calls import comparable
 from graphsurgery.partial.graft import Grafts
 from graphsurgery.report.parts import WholeCheck
 from graphsurgery.verify import Baseline, TorchRunner
@@ -40,23 +41,7 @@ class _Method(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = copy.deepcopy((args, kwargs))  # a cache among them grows in the call
         call = self.model if self.method == "forward" else getattr(self.model, self.method)
-        return _comparable(call(*args, **kwargs))
-
-
-def _comparable(value: Any, seen: frozenset[int] = frozenset()) -> Any:
-    """Return what can be compared of a result: of objects (a cache) the tensors and numbers in them."""
-    if isinstance(value, (Tensor, bool, int, float, complex)) or value is None:
-        return value
-    if id(value) in seen:
-        return None
-    inside = seen | {id(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _comparable(item, inside) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_comparable(item, inside) for item in value]
-    if isinstance(value, (str, type, nn.Module)) or not hasattr(value, "__dict__"):
-        return None
-    return {name: _comparable(item, inside) for name, item in vars(value).items()}
+        return comparable(call(*args, **kwargs))
 
 
 class Whole:

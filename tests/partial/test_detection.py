@@ -1,0 +1,116 @@
+"""Detectors of torchvision: their backbones are folded, and they take lists of pictures as before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from partial_models import part, spoil_after_its_check, statuses
+from torch import Tensor, nn
+
+import graphsurgery as gs
+
+detection = pytest.importorskip("torchvision.models.detection")
+
+pytestmark = pytest.mark.sweep
+
+
+def pictures(*shapes: tuple[int, int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, *shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def warm(model: nn.Module, size: int) -> nn.Module:
+    """Give the norms of the backbone statistics and weights that are not trivial, in float64."""
+    model = model.double()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean of what was seen
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+    model.backbone.train()
+    with torch.no_grad():
+        model.backbone(torch.randn(4, 3, size, size, dtype=torch.float64))
+    for norm in norms:
+        norm.running_var.clamp_(min=1e-2)  # type: ignore[union-attr]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def faster() -> nn.Module:
+    torch.manual_seed(0)
+    model = detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96
+    )
+    model.rpn._post_nms_top_n["testing"] = 20
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)  # else all scores are alike
+    return warm(model, 64)
+
+
+@pytest.fixture(scope="module")
+def ssd() -> nn.Module:
+    torch.manual_seed(0)
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    model.transform.fixed_size = (96, 96)
+    for name, weight in model.head.classification_head.named_parameters():
+        if name.endswith("1.weight"):
+            nn.init.normal_(weight, std=0.3)
+    return warm(model, 128)
+
+
+def norms_in(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if "Norm" in type(part).__name__]
+
+
+def assert_same_detections(model: nn.Module, other: nn.Module, images: list[Tensor]) -> None:
+    with torch.no_grad():
+        expected, found = model(images), other(images)
+    assert len(expected) == len(found) == len(images)
+    for a, b in zip(expected, found, strict=True):
+        assert len(a["boxes"]) > 0
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(b["scores"], a["scores"], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(b["boxes"], a["boxes"], rtol=1e-8, atol=1e-6)
+
+
+def assert_folded(model: nn.Module, result: gs.PartsResult) -> None:
+    assert type(result.module) is type(model)
+    assert statuses(result)[""] == "not-captured"
+    assert part(result, "backbone").status == "folded"
+    assert len(norms_in(model.backbone)) > 40
+    assert norms_in(result.module.backbone) == []
+    assert result.verdict is not None
+    assert result.verdict.ok, result.verdict.reason
+    for images in (
+        pictures((60, 80), (70, 64)),
+        pictures((100, 64), seed=1),
+        pictures((50, 90), (64, 64), (90, 50), seed=2),
+    ):
+        assert_same_detections(model, result.module, images)
+
+
+def test_folds_the_backbone_of_faster_rcnn(faster: nn.Module) -> None:
+    result = gs.optimize_parts(faster, (pictures((60, 80), (70, 64)),))
+    assert_folded(faster, result)
+    assert part(result, "rpn").code == "not-plain"
+
+
+def test_folds_the_backbone_of_ssdlite_and_its_head(ssd: nn.Module) -> None:
+    result = gs.optimize_parts(ssd, (pictures((60, 80), (70, 64)),))
+    assert_folded(ssd, result)
+    assert norms_in(result.module.head) == []
+
+
+@pytest.mark.parametrize("name", ["faster", "ssd"])
+def test_detects_and_undoes_a_wrong_graft(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = request.getfixturevalue(name)
+    spoil_after_its_check(monkeypatch, lambda module: True)
+    images = pictures((60, 80))
+    keep = [path for path, _ in model.named_modules() if not path.startswith("backbone")]
+    result = gs.optimize_parts(model, (images,), keep=keep)
+    assert part(result, "backbone").code == "whole-differs"
+    assert len(norms_in(result.module.backbone)) == len(norms_in(model.backbone))
+    assert_same_detections(model, result.module, images)
