@@ -83,8 +83,11 @@ def optimize_parts(
         CaptureError: The model cannot be copied, or does not run on the arguments.
         PassError: A pass is unknown.
         VerificationError: The model differs from itself from run to run.
-        ValueError: `keep` names no module, or a keyword argument is given twice.
+        ValueError: `verify` is none of the three, `keep` names no module, or a keyword argument is given
+            twice.
     """
+    if verify not in ("final", "each-pass", "off"):
+        raise ValueError(f"verify must be 'final', 'each-pass' or 'off', got {verify!r}")
     _passes.select(passes, cost)  # what is unknown is said before any work is done
     calls = [merged(normalize(args), kwargs), *(merged(normalize(call), None) for call in further_calls)]
     surgery = _Surgery(_copied(unwrap(model)), calls, method, keep, on_event)

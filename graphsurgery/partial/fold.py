@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from graphsurgery.capture.inputs import Inputs
-from graphsurgery.capture.program import run_model
+from graphsurgery.capture.program import depends_on_values, run_model
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, GraphSurgeryError
 from graphsurgery.partial.calls import size
@@ -100,6 +100,8 @@ def _fold(module: nn.Module, calls: Sequence[Inputs], settings: Settings) -> Out
             result = settings.optimize(module, inputs, shapes)
         except CaptureError as error:
             problem = problem if problem[0] else ("not-captured", str(error))
+            if depends_on_values(error.__cause__):
+                break
             continue
         report = result.report
         idle = _idle(report, settings)

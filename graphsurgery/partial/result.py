@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -116,8 +116,6 @@ class PartsResult:
 
 
 def _with_notes(result: PartsResult, notes: list[str]) -> PartsReport:
-    from dataclasses import replace
-
     parts = tuple(
         replace(part.record(), report=part.result.report if part.result is not None else part.report)
         for part in result.parts

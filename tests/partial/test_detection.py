@@ -44,7 +44,7 @@ def faster() -> nn.Module:
         weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96
     )
     model.rpn._post_nms_top_n["testing"] = 20
-    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)  # else all scores are alike
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.02)  # else all scores are alike
     return warm(model, 64)
 
 

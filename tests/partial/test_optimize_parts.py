@@ -122,6 +122,7 @@ class Binary(nn.Module):
         return Sign.apply(x)
 
 
+@pytest.mark.sweep
 def test_folds_around_an_operator_that_cannot_be_traced() -> None:
     model = seeded(lambda: nn.Sequential(block(3, 4), Binary(), block(4, 5))).double().eval()
     result = gs.optimize_parts(model, picture(2, 3, 6, 6))
@@ -237,7 +238,7 @@ def test_detects_a_wrong_fold_in_the_part(monkeypatch: pytest.MonkeyPatch) -> No
     assert_close(result.module(picture(2, 3, 6, 6)), model(picture(2, 3, 6, 6)))
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.sweep), 1])
 def test_detects_and_undoes_a_wrong_graft(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = (nn.Conv2d, nn.Linear)[index]
     spoil_after_its_check(monkeypatch, lambda module: isinstance(module[0], kind))
@@ -285,6 +286,7 @@ def test_the_report_tells_everything(result: gs.PartsResult) -> None:
         gs.PartsReport.from_json(json.dumps({"schema_version": 0}))
 
 
+@pytest.mark.sweep  # the default run writes one on the command line
 def test_each_part_is_exported_and_verified(tmp_path: Path) -> None:
     result = gs.optimize_parts(loop().float(), picture(2, 3, 6, 6).float(), keep=["body", "head"])
     done = result.export_onnx(tmp_path / "parts")
@@ -315,6 +317,8 @@ def test_wrong_arguments_are_said_at_once(model: nn.Module) -> None:
     x = picture(2, 3, 8, 8)
     with pytest.raises(ValueError, match="no module of Loop"):
         gs.optimize_parts(model, x, keep=["stam"])
+    with pytest.raises(ValueError, match="'final', 'each-pass' or 'off'"):
+        gs.optimize_parts(model, x, verify="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give it once"):
         gs.optimize_parts(model, {"x": x}, {"x": x})
     with pytest.raises(gs.PassError, match="no pass named"):

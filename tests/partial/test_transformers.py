@@ -79,7 +79,7 @@ def adapters_in(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_modules() if name.endswith("lora_A")]
 
 
-@pytest.mark.parametrize("build", [gpt2, llama])
+@pytest.mark.parametrize("build", [pytest.param(gpt2, marks=pytest.mark.sweep), llama])
 def test_generation_with_a_cache_stays_what_it_was(build: Any) -> None:
     model = build()
     result = gs.optimize_parts(
