@@ -13,7 +13,7 @@ from graphsurgery.errors import CaptureError
 from graphsurgery.verify import Inputs as Called
 from graphsurgery.verify import accepted_by, verify
 
-__all__ = ["departure"]
+__all__ = ["departure", "resized", "runs"]
 
 
 def departure(
@@ -57,21 +57,28 @@ def _narrow(module: nn.Module, accepts: Callable[[Inputs], bool], call: Inputs) 
     for index, tensor in enumerate(call.tensors()):
         for axis in range(tensor.ndim):
             size = tensor.shape[axis]
-            larger = [list(_resized(call, index, axis, wanted)) for wanted in (size + 1, 2 * size)]
+            larger = [list(resized(call, index, axis, wanted)) for wanted in (size + 1, 2 * size)]
             free = any(accepts(other) for others in larger for other in others)
             # A size of one where the graph has a fixed one may be meant to broadcast: only larger ones tell.
-            smaller = [list(_resized(call, index, axis, 1))] if free and size > 1 else []
+            smaller = [list(resized(call, index, axis, 1))] if free and size > 1 else []
             for others in [*larger, *smaller]:
                 if any(accepts(other) for other in others):
                     continue
-                taken = next((other for other in others if _runs(module, other)), None)
+                taken = next((other for other in others if runs(module, other)), None)
                 if taken is not None:
                     return taken
     return None
 
 
-def _resized(call: Inputs, index: int, axis: int, size: int) -> Iterator[Inputs]:
-    """The call with another size on one axis; then on all axes that have the same size as this one."""
+def resized(call: Inputs, index: int, axis: int, size: int) -> Iterator[Inputs]:
+    """Give a call with another size on one axis; then on all axes that have the same size as this one.
+
+    Args:
+        call: The call; what is larger is repeated, what is smaller cut.
+        index: Which of its tensors.
+        axis: Which axis of it.
+        size: The size.
+    """
     tensors = call.tensors()
     old = tensors[index].shape[axis]
     places = {
@@ -96,7 +103,8 @@ def _repeated(tensor: Tensor, axis: int, size: int) -> Tensor:
     return tensor.index_select(axis, order)
 
 
-def _runs(module: nn.Module, call: Inputs) -> bool:
+def runs(module: nn.Module, call: Inputs) -> bool:
+    """Return whether a module takes a call."""
     try:
         with quiet():
             run_model(module, call)

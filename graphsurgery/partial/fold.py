@@ -1,8 +1,8 @@
 """Fold one part of a model: the sizes it is captured for, and the check on the calls it was seen in.
 
 A graph takes no other sizes than it was captured for, and its model may call it with others tomorrow. So all
-axes are left free that tracing can leave free (`Dim.AUTO`), on the largest of the recorded calls, its batch
-widened to two, as a size of one is taken for a constant. Where that fails, those axes are free that differ
+axes are left free that tracing can leave free (`Dim.AUTO`), on the largest of the recorded calls, sizes
+of one made two, as tracing takes a one for a constant. Where that fails, those axes are free that differ
 between the calls, and the batch.
 """
 
@@ -18,11 +18,11 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from graphsurgery.capture.inputs import Inputs
-from graphsurgery.capture.program import depends_on_values, run_model
+from graphsurgery.capture.program import depends_on_values
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, GraphSurgeryError
 from graphsurgery.partial.calls import size
-from graphsurgery.partial.departure import departure
+from graphsurgery.partial.departure import departure, resized, runs
 from graphsurgery.pipeline import OptimizeResult, Passes, VerifyMode, optimize
 from graphsurgery.report import Report
 from graphsurgery.report.parts import PartStatus
@@ -162,14 +162,16 @@ def _attempts(module: nn.Module, calls: Sequence[Inputs]) -> Iterator[tuple[Inpu
 
 
 def _widened(module: nn.Module, inputs: Inputs) -> Inputs:
-    """Return a call with a batch of two where it was one and the module takes that."""
-    if inputs.batch() != 1:
-        return inputs
-    wide = inputs.with_batch(2, inputs.carriers())
-    try:
-        run_model(module, wide)
-    except CaptureError:
-        return inputs
+    """Return a call with two of what there was one, the batch first, wherever the module takes that."""
+    wide = inputs
+    if inputs.batch() == 1:
+        other = inputs.with_batch(2, inputs.carriers())
+        wide = other if runs(module, other) else inputs
+    for index, tensor in enumerate(wide.tensors()):
+        for axis in range(tensor.ndim):
+            if tensor.shape[axis] == 1:
+                other = next(resized(wide, index, axis, 2))
+                wide = other if runs(module, other) else wide
     return wide
 
 

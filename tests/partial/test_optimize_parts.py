@@ -200,6 +200,25 @@ def test_a_part_that_would_take_fewer_sizes_is_taken_apart() -> None:
     assert statuses(more) == {"": "not-captured", "scaled": "sizes", "scaled.block": "folded"}
 
 
+class Corner(nn.Module):
+    """A block that is called with one sample and one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = block(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if x.sum().item() < 1e9 else x
+
+
+def test_sizes_of_one_are_free_as_well() -> None:
+    model = seeded(Corner).double().eval()
+    result = gs.optimize_parts(model, picture(1, 3, 1, 1))
+    assert statuses(result) == {"": "not-captured", "block": "folded"}
+    for shape in ((1, 3, 1, 1), (2, 3, 4, 5), (3, 3, 1, 2)):
+        assert_close(result.module(picture(*shape, seed=1)), model(picture(*shape, seed=1)))
+
+
 def test_nothing_is_grafted_that_changes_nothing() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
