@@ -22,6 +22,7 @@ from graphsurgery.errors import (
 )
 from graphsurgery.localize import Localization, Place, localize
 from graphsurgery.matrix import AffineMatrix, affine_matrix
+from graphsurgery.partial import Part, PartsResult, optimize_parts
 from graphsurgery.pipeline import (
     FeatureEnergy,
     HeadSubspace,
@@ -32,7 +33,7 @@ from graphsurgery.pipeline import (
     optimize,
     split_head,
 )
-from graphsurgery.report import Report
+from graphsurgery.report import PartsReport, Report
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import (
     Change,
@@ -65,6 +66,9 @@ __all__ = [
     "NodeRef",
     "NotAffineError",
     "OptimizeResult",
+    "Part",
+    "PartsReport",
+    "PartsResult",
     "Pass",
     "PassError",
     "PassFailure",
@@ -87,6 +91,7 @@ __all__ = [
     "inspect",
     "localize",
     "optimize",
+    "optimize_parts",
     "passes",
     "restore",
     "split_head",

@@ -33,11 +33,14 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "values", "graph", "cost", "affine", "rewrite", "passes"),
         *("capture", "restore", "verify", "export", "report"),
     },
+    "partial": {
+        *("errors", "cost", "rewrite", "passes", "capture", "verify", "export", "report", "pipeline"),
+    },
     "cli": {"errors", "report", "pipeline", "__init__", "export"},  # export: how files are put in place
     "__main__": {"cli"},
     "__init__": {
         *("errors", "graph", "cost", "rewrite", "passes", "capture", "restore"),
-        *("verify", "localize", "export", "report", "pipeline", "matrix"),
+        *("verify", "localize", "export", "report", "pipeline", "matrix", "partial"),
     },
 }
 # Packages that only these rooms may import.

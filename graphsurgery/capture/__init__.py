@@ -167,8 +167,8 @@ def _require_same(name: str, inputs: Inputs, found: str | None) -> None:
     if found is not None:
         raise CaptureError(
             f"the captured graph of {name} does not reproduce the model on the example inputs "
-            f"({inputs.describe()}): {found}; look for state or randomness in forward, or capture its "
-            "submodules."
+            f"({inputs.describe()}): {found}; look for state or randomness in forward, or let "
+            "gs.optimize_parts work on its submodules."
         )
 
 

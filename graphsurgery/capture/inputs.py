@@ -73,6 +73,8 @@ class Inputs:
 def normalize(example_inputs: Any) -> Inputs:
     """Turn a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs into a call.
 
+    A call that is `Inputs` already, with both kinds of arguments, is taken as it is.
+
     Raises:
         CaptureError: It is none of these.
     """
@@ -80,6 +82,8 @@ def normalize(example_inputs: Any) -> Inputs:
     def detach(value: Any) -> Any:
         return value.detach() if isinstance(value, torch.Tensor) else value
 
+    if isinstance(example_inputs, Inputs):
+        return example_inputs.map_tensors(detach)
     if isinstance(example_inputs, torch.Tensor):
         return Inputs((example_inputs.detach(),), {})
     if isinstance(example_inputs, Mapping):

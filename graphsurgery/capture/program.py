@@ -26,7 +26,15 @@ from graphsurgery.capture.frames import helper_frames
 from graphsurgery.capture.inputs import Inputs
 from graphsurgery.errors import CaptureError
 
-__all__ = ["Exported", "export_model", "export_static", "free_carriers", "quiet", "run_model"]
+__all__ = [
+    "Exported",
+    "depends_on_values",
+    "export_model",
+    "export_static",
+    "free_carriers",
+    "quiet",
+    "run_model",
+]
 
 _TRIED_BATCHES = (2, 3, 4, 5, 7, 8, 16)
 _STDLIB = os.path.dirname(os.__file__) + os.sep
@@ -111,17 +119,24 @@ def _export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedPr
         )
 
 
+def depends_on_values(error: BaseException | None) -> bool:
+    """Return whether a branch on values is why `torch.export` failed, which other sizes do not mend."""
+    return "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
+
+
 def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
-    kind = type(error).__name__
     found = explain(error)
     if found is not None:
         return CaptureError(f"{type(model).__name__} cannot be captured with these dynamic_shapes: {found}.")
-    if "DataDependent" in kind or "data-dependent" in str(error):
+    if depends_on_values(error):
         why = "its control flow depends on the values of a tensor"
-        advice = "write the choice as torch.where, or capture the submodules on either side of it"
+        advice = "write the choice as torch.where, or let gs.optimize_parts work on the submodules around it"
     else:
         why = f"torch.export cannot trace it ({_complaint(error)})"
-        advice = "rewrite that line with traceable operations, or capture the submodules around it"
+        advice = (
+            "rewrite that line with traceable operations, or let gs.optimize_parts work on the submodules "
+            "around it"
+        )
     return CaptureError(f"{type(model).__name__} cannot be captured{_at(error)}: {why}; {advice}.")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import tensor_bytes
 
-__all__ = ["check_supported", "evaluated", "unwrap"]
+__all__ = ["check_supported", "evaluated", "kept", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -61,7 +61,16 @@ def check_supported(model: nn.Module) -> None:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode, and afterwards undo whatever running it has changed.
+    """Put every module of `model` in evaluation mode, and afterwards undo whatever running it has changed."""
+    with kept(model):
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Undo afterwards whatever running `model` has changed.
 
     No method of the user's is called for that (`train()` is sometimes overridden to rewrite weights):
     training flags, attributes (and what dicts and lists among them hold), parameters and buffers are put back
@@ -77,8 +86,6 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     # Writes through `.data` leave no trace in the version counter, so the values themselves are compared.
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     values = [(tensor, tensor.detach(), tensor.detach().clone()) for tensor in tensors]
-    for module in modules:
-        module.training = False
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.text import Text
 
 import graphsurgery as gs
-from graphsurgery.cli import run, show
+from graphsurgery.cli import parts, run, show
 from graphsurgery.cli.errors import UsageError
 
 __all__ = ["app", "main"]
@@ -126,7 +126,8 @@ def _options(
 def optimize(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT.onnx", help="Write the result as ONNX.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT.onnx|FOLDER", help="Write the result as ONNX."),
     ] = None,
     inputs: Inputs = None,
     passes: Annotated[
@@ -153,24 +154,28 @@ def optimize(
     ] = VerifyMode.FINAL,
     data: Data = None,
     data_limit: DataLimit = None,
+    in_parts: Annotated[
+        bool,
+        typer.Option(
+            "--parts", help="Fold the submodules that can be captured; -o is a folder of ONNX files."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Fold MODEL, verify the result, and write it as ONNX."""
-    outcome = run.optimize(
-        run.Request(
-            model,
-            tuple(inputs or ()),
-            _split(passes),
-            verify.value,
-            output,
-            save,
-            report,
-            tuple(options or ()),
-            data,
-            data_limit,
-        ),
-        ERR,
+    request = run.Request(
+        model,
+        tuple(inputs or ()),
+        _split(passes),
+        verify.value,
+        output,
+        save,
+        report,
+        tuple(options or ()),
+        data,
+        data_limit,
     )
+    outcome = parts.optimize_parts(request, ERR) if in_parts else run.optimize(request, ERR)
     if as_json:
         typer.echo(outcome.report.to_json())
     else:
@@ -275,10 +280,10 @@ def passes(as_json: Json = False) -> int:
     return 0
 
 
-def _show(parts: Iterable[RenderableType]) -> None:
+def _show(lines: Iterable[RenderableType]) -> None:
     """Print tables in the terminal's width, sentences whole: a broken path cannot be clicked or searched."""
-    for part in parts:
-        OUT.print(part, highlight=False, soft_wrap=isinstance(part, (str, Text)))
+    for line in lines:
+        OUT.print(line, highlight=False, soft_wrap=isinstance(line, (str, Text)))
 
 
 def _split(names: list[str] | None) -> tuple[str, ...] | None:

@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 import graphsurgery as gs
+from graphsurgery.cli.parts import PartsOutcome
 from graphsurgery.cli.run import Compared, Outcome
+from graphsurgery.report.parts_text import render as render_parts
 from graphsurgery.report.text import render
 
 __all__ = ["compared", "inspection", "outcome", "passes", "verdict"]
@@ -17,9 +19,12 @@ __all__ = ["compared", "inspection", "outcome", "passes", "verdict"]
 LINES_PER_GROUP = 12  # of changes or refusals; --json and --report hold them all
 
 
-def outcome(done: Outcome) -> list[RenderableType]:
+def outcome(done: Outcome | PartsOutcome) -> list[RenderableType]:
     """The report of `optimize` and the files it wrote."""
-    lines: list[RenderableType] = [render(done.report, limit=LINES_PER_GROUP)]
+    report = done.report
+    lines: list[RenderableType] = [
+        render(report, limit=LINES_PER_GROUP) if isinstance(report, gs.Report) else render_parts(report)
+    ]
     lines += [Text(f"wrote {path}") for path in done.written]
     if not done.ok:
         lines.append(Text("verification failed: nothing was written", style="bold red"))

@@ -42,8 +42,11 @@ from graphsurgery.verify import Data, Verdict
 __all__ = [
     "FeatureEnergy",
     "HeadSubspace",
+    "OnEvent",
     "OptimizeResult",
+    "Passes",
     "SplitHeadResult",
+    "VerifyMode",
     "head_subspace",
     "inspect",
     "optimize",

@@ -9,5 +9,18 @@ from graphsurgery.report.model import (
     Report,
     TensorSpec,
 )
+from graphsurgery.report.parts import PARTS_SCHEMA_VERSION, PartReport, PartsReport, WholeCheck
 
-__all__ = ["SCHEMA_VERSION", "Captured", "Figures", "OnnxFile", "PassCheck", "Report", "TensorSpec"]
+__all__ = [
+    "PARTS_SCHEMA_VERSION",
+    "SCHEMA_VERSION",
+    "Captured",
+    "Figures",
+    "OnnxFile",
+    "PartReport",
+    "PartsReport",
+    "PassCheck",
+    "Report",
+    "TensorSpec",
+    "WholeCheck",
+]
