@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "values", "graph", "cost", "affine", "rewrite", "passes"),
         *("capture", "restore", "verify", "export", "report"),
     },
+    "backend": {"calls", "capture", "graph", "passes", "pipeline", "rewrite"},
     "cli": {"errors", "report", "pipeline", "__init__", "export"},  # export: how files are put in place
     "__main__": {"cli"},
     "__init__": {
