@@ -100,7 +100,7 @@ def unchanged(case: Case) -> list[str]:
 def test_layers_have_the_names_that_they_had(case: Case) -> None:
     before, after = layers(case.model), layers(case.result.module)
     assert set(after) <= set(before)
-    assert all(type(after[name]) is type(before[name]) for name in after)
+    assert all(isinstance(before[name], type(after[name])) for name in after)  # timm has norms of its own
     # A folded layer is called by the part that carries most: no conv, linear or embedding has lost its name.
     heavy = {name for name, part in before.items() if not isinstance(part, (nn.LayerNorm, nn.BatchNorm2d))}
     assert heavy <= set(after)
@@ -143,8 +143,10 @@ def test_state_dicts_go_from_one_result_to_another(case: Case) -> None:
             parameter.zero_()
     second.load_state_dict(case.result.module.state_dict())
     case.check(second)
-    matching = {k: v for k, v in case.model.state_dict().items() if k in second.state_dict()}
+    own = second.state_dict()  # a kernel that reads one position of a map alone has become smaller
+    matching = {k: v for k, v in case.model.state_dict().items() if k in own and v.shape == own[k].shape}
     assert second.load_state_dict(matching, strict=False).unexpected_keys == []
+    assert all(torch.equal(second.state_dict()[name], value) for name, value in matching.items())
 
 
 def test_deepcopy_and_pickle(case: Case) -> None:
@@ -181,12 +183,15 @@ def test_export_again(case: Case) -> None:
     }
 
 
+@pytest.mark.sweep
 def test_compile(case: Case) -> None:
     torch.compiler.reset()
     case.check(torch.compile(case.result.module, backend="eager", fullgraph=True))
     torch.compiler.reset()
 
 
+# peft still reads what transformers has renamed
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_finds_its_targets_by_name(case: Case) -> None:
     import peft  # here, for it takes seconds
 
@@ -203,11 +208,13 @@ def test_peft_finds_its_targets_by_name(case: Case) -> None:
                 parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1
     trained = case.run(original)
     assert not torch.allclose(trained[-1], case.run(case.model)[-1])
-    if module.get_submodule(unchanged(case)[-1]) is not None and case.peft == ["query", "value"]:
+    if set(case.model.state_dict()) == set(case.result.module.state_dict()):  # no layer was folded
         for got, wanted in zip(case.run(module), trained, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+# torchao registers classes in a way that torch has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_torchao_quantises_as_much_as_in_the_original(case: Case, kind: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
