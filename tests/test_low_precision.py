@@ -171,7 +171,9 @@ def test_a_float16_file_runs_on_onnxruntime(tmp_path: Path) -> None:
 
 def test_a_bfloat16_file_is_run_node_by_node_and_says_so(tmp_path: Path) -> None:
     model, x = network("mlp", torch.bfloat16)
-    done = gs.optimize(model, x, verify="off").export_onnx(tmp_path / "mlp.onnx")
+    done = gs.optimize(model, x, verify="off").export_onnx(tmp_path / "mlp.onnx", external_data=True)
+    assert done.external_data
+    assert len(list(tmp_path.iterdir())) == 2
     assert done.verdict is not None
     assert done.verdict.ok
     assert done.verdict.outputs[0].dtype == "bfloat16"
