@@ -266,11 +266,15 @@ def _share_table(source: nn.Module, memo: dict[int, nn.Module], into: nn.Module 
     return twin
 
 
-def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph_module(gm: fx.GraphModule, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` with a graph and attribute tables of its own; the tensors are shared.
 
     Setting, adding and deleting attributes or nodes of the copy leaves `gm` as it is; writing into a tensor
     does not.
+
+    Args:
+        gm: A graph module.
+        kind: The class of the copy.
     """
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     values: dict[fx.Node, Any] = {}
@@ -281,7 +285,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(old, fx.Node):
             node.meta = dict(old.meta)
     graph._codegen = gm.graph._codegen
-    twin = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
+    twin = kind(gm, graph, class_name=gm.__class__.__name__)
     _share_table(gm, {}, into=twin)
     twin.meta = dict(gm.meta)
     return twin

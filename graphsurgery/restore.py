@@ -8,7 +8,7 @@ configuration of a weight that has a module already.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def restore(gm: fx.GraphModule) -> fx.GraphModule:
         A graph module that calls `nn.Conv*`, `nn.ConvTranspose*`, `nn.Linear`, `nn.BatchNorm*`,
         `nn.LayerNorm`, `nn.RMSNorm`, `nn.GroupNorm` and `nn.Embedding` modules.
     """
-    result = copy_graph_module(gm)
+    result = copy_graph_module(gm, _Restored)
     _own_parameters(result)
     made: dict[str, tuple[Any, ...]] = {}
     for node in list(result.graph.nodes):
@@ -57,10 +57,41 @@ def restore(gm: fx.GraphModule) -> fx.GraphModule:
     result.recompile()
     for module in result.modules():
         module.training = False
-    saved = result.state_dict().keys()
-    loose = tuple(name for name, _ in result.named_buffers() if name not in saved)
-    result._register_deepcopy_hook(functools.partial(_after_deepcopy, loose=loose))
     return result
+
+
+class _Restored(fx.GraphModule):
+    """A graph module that keeps, copied and pickled, what `fx.GraphModule` forgets.
+
+    That is the mode of its modules, and which buffers do not belong to the state dict.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        return _put_right(super().__deepcopy__(memo), self.state_dict(keep_vars=True), self.training)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (*super().__reduce__(), tuple(self.state_dict(keep_vars=True)), self.training)
+
+
+def _load(
+    make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], saved: tuple[str, ...], training: bool
+) -> fx.GraphModule:
+    """Return what was pickled, of the class that it had: loaded, it is a plain graph module."""
+    return _put_right(copy_graph_module(make(*arguments), _Restored), saved, training)
+
+
+def _put_right(gm: fx.GraphModule, saved: Collection[str], training: bool) -> fx.GraphModule:
+    """Set on a copy which buffers belong to its state dict, and the mode of modules made for it.
+
+    A pickled graph is traced again when it is loaded, which makes buffers of what it computes of constants.
+    """
+    for name in [name for name, _ in gm.named_buffers() if name not in saved]:
+        path, _, leaf = name.rpartition(".")
+        gm.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+    for module in gm.modules():
+        if type(module) is nn.Module or module is gm:
+            module.training = training
+    return gm
 
 
 def _own_parameters(gm: fx.GraphModule) -> None:
@@ -71,17 +102,6 @@ def _own_parameters(gm: fx.GraphModule) -> None:
             if parameter is not None:
                 twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
                 module._parameters[name] = own.setdefault(id(parameter), twin)
-
-
-def _after_deepcopy(gm: fx.GraphModule, *, loose: tuple[str, ...]) -> None:
-    """Put right what `GraphModule.__deepcopy__` forgets: non-persistent buffers, the mode of modules."""
-    for name in loose:
-        path, _, leaf = name.rpartition(".")
-        if has_attr(gm, name):
-            gm.get_submodule(path)._non_persistent_buffers_set.add(leaf)
-    for module in gm.modules():
-        if type(module) is nn.Module:
-            module.training = gm.training
 
 
 # -- where a layer goes

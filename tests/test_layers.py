@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "partial": {
         *("errors", "cost", "rewrite", "passes", "capture", "verify", "export", "report", "pipeline"),
     },
+    "backend": {"calls", "capture", "graph", "passes", "pipeline", "rewrite"},
     "cli": {"errors", "report", "pipeline", "__init__", "export"},  # export: how files are put in place
     "__main__": {"cli"},
     "__init__": {

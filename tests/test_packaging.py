@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import importlib
 import os
 import shutil
 import subprocess
@@ -50,6 +52,14 @@ def test_wheel_holds_every_module_and_the_typing_mark(wheel: zipfile.ZipFile) ->
     package = ROOT / "graphsurgery"
     expected = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")} | {"graphsurgery/py.typed"}
     assert {name for name in wheel.namelist() if name.startswith("graphsurgery/")} == expected
+
+
+def test_wheel_tells_torch_compile_of_the_backend(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    points = configparser.ConfigParser()
+    points.read_string(wheel.read(name).decode())
+    module, _, attribute = points["torch_dynamo_backends"]["graphsurgery"].partition(":")
+    assert callable(getattr(importlib.import_module(module), attribute))
 
 
 def test_wheel_has_command_and_licence(wheel: zipfile.ZipFile) -> None:

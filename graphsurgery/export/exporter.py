@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import os
@@ -19,11 +20,13 @@ from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
+from graphsurgery.export.by_node import BY_NODE_NOTE, NodeByNode, holds_bfloat16
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.sessions import load_model
 from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
+from graphsurgery.verify.runners import OnnxVariant
 
 __all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx", "free_call"]
 
@@ -65,7 +68,7 @@ class ExportResult:
         size_bytes: Size of the file and its external data.
         opset: Version of the default operator set.
         verdict: Comparison of onnxruntime, optimisations on, with the original module; None if it was not
-            asked for.
+            asked for. A file with values in bfloat16 is run node by node instead, and a note says so.
         external_data: Whether the weights lie in a file of their own.
         verdicts: All comparisons: optimisations off, then on.
         notes: What a reader should know besides.
@@ -122,6 +125,7 @@ def export_onnx(
         verdicts: tuple[Verdict, ...] = ()
         if verify:
             verdicts = _compare(file, info, baseline or _baseline(reference or module, info))
+            notes += [note for note in verdicts[-1].notes if note == BY_NODE_NOTE]
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         commit(folder, target)
     return ExportResult(
@@ -342,13 +346,15 @@ def _baseline(reference: nn.Module, info: ExportInfo) -> Baseline:
 
 
 def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict, ...]:
-    """Compare onnxruntime, optimisations off and on, with the reference.
+    """Compare onnxruntime, optimisations off and on, with the reference; in bfloat16 node by node.
 
     Raises:
         VerificationError: They differ, or onnxruntime cannot run the file.
     """
     verdicts = []
     example = Inputs(tuple(info.args), dict(info.kwargs))
+    if holds_bfloat16(file):
+        return (_compare_by_node(file, info, baseline, _input_names(info, example)),)
     for optimised in (False, True):
         name = f"onnxruntime {file.name} ({'optimised' if optimised else 'not optimised'})"
         try:
@@ -357,11 +363,33 @@ def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict,
             raise VerificationError(
                 f"{file.name} could not be verified and is not kept ({error}); verify=False keeps it so"
             ) from error
-        wanted, names = _output_names(info, baseline), runner.output_names
-        if wanted and names != wanted:
-            raise VerificationError(f"{file.name} calls its outputs {names}, expected {wanted}")
+        _check_output_names(file, runner.output_names, info, baseline)
         verdicts.append(baseline.compare(runner).raise_if_failed())
     return tuple(verdicts)
+
+
+def _compare_by_node(file: Path, info: ExportInfo, baseline: Baseline, names: list[str] | None) -> Verdict:
+    """Compare a file with values in bfloat16, for which onnxruntime has few kernels on the CPU.
+
+    Raises:
+        VerificationError: They differ, or the nodes cannot be run either.
+    """
+    try:
+        graph = NodeByNode(file)
+        _check_output_names(file, graph.output_names, info, baseline)
+        title = f"onnxruntime {file.name} (node by node, bfloat16 computed in float32 and rounded)"
+        found = baseline.compare(OnnxVariant(title, graph, tuple(names) if names else None))
+    except RuntimeUnavailableError as error:
+        raise VerificationError(
+            f"{file.name} could not be verified and is not kept ({error}); verify=False keeps it so"
+        ) from error
+    return dataclasses.replace(found, notes=(BY_NODE_NOTE, *found.notes)).raise_if_failed()
+
+
+def _check_output_names(file: Path, names: tuple[str, ...], info: ExportInfo, baseline: Baseline) -> None:
+    wanted = _output_names(info, baseline)
+    if wanted and names != wanted:
+        raise VerificationError(f"{file.name} calls its outputs {names}, expected {wanted}")
 
 
 def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:

@@ -51,7 +51,12 @@ class OptimizeResult:
         return self._proof.original
 
     def export_onnx(
-        self, path: str | os.PathLike[str], *, verify: bool = True, measure: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        measure: bool = False,
+        external_data: bool | None = None,
     ) -> ExportResult:
         """Write the result as an ONNX file that was run on onnxruntime and compared with the original model.
 
@@ -60,6 +65,7 @@ class OptimizeResult:
             verify: Whether to compare.
             measure: Whether to write the original too (to a temporary file), and put size and latency of both
                 into the report. What cannot be measured is said in a note there and is no error.
+            external_data: Whether weights go to a file of their own beside it; None does so above 2 GB only.
 
         Raises:
             ExportError: The result cannot be translated, or the file not written.
@@ -67,7 +73,14 @@ class OptimizeResult:
         """
         start = time.perf_counter()
         baseline = self._proof.baseline_of(self.graph_module) if verify else None
-        done = export_onnx(self.module, self._proof.info, path, verify=verify, baseline=baseline)
+        done = export_onnx(
+            self.module,
+            self._proof.info,
+            path,
+            verify=verify,
+            baseline=baseline,
+            external_data=external_data,
+        )
         record = OnnxFile(done.path, done.size_bytes, done.opset, done.external_data, done.verdict)
         after = replace(self.report.after, size_bytes=done.size_bytes)
         seconds = {**self.report.seconds, "export": time.perf_counter() - start}

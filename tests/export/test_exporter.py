@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import graphsurgery as gs
-from graphsurgery.errors import ExportError, VerificationError
+from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export import OPSET, OnnxSession, export_onnx, load_model, node_counts
 
 
@@ -207,7 +207,13 @@ def test_folder_that_cannot_be_written(
         export_onnx(network, Info((image(),)), tmp_path / "out.onnx")
 
 
-def test_no_runtime_for_the_dtype_is_not_passed(network: nn.Sequential, tmp_path: Path) -> None:
+def test_no_runtime_for_the_dtype_is_not_passed(
+    network: nn.Sequential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> Any:
+        raise RuntimeUnavailableError(f"onnxruntime cannot run {path}: no kernels")
+
+    monkeypatch.setattr("graphsurgery.export.exporter.NodeByNode", refuse)
     module, info = copy.deepcopy(network).to(torch.bfloat16), Info((image().to(torch.bfloat16),))
     with pytest.raises(VerificationError) as caught:
         export_onnx(module, info, tmp_path / "out.onnx")

@@ -1,0 +1,180 @@
+"""An ONNX graph on onnxruntime node by node, for dtypes that it has no kernels for on the CPU.
+
+A bfloat16 operator takes its operands exactly, computes in float32 and rounds what it gives: that is done
+here with float32 kernels, one node at a time, so that no more than the weights of one layer are widened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError, VerificationError
+from graphsurgery.export.sessions import OnnxSession, read_model
+
+__all__ = ["BY_NODE_NOTE", "NodeByNode", "holds_bfloat16"]
+
+BY_NODE_NOTE = (
+    "the file as a whole was not run: onnxruntime has few bfloat16 kernels on the CPU; its nodes were run "
+    "one by one by float32 kernels, their results rounded to bfloat16, and the outputs compared"
+)
+"""What verdict and result say of a file in bfloat16."""
+
+_BF16 = TensorProto.BFLOAT16
+
+
+def holds_bfloat16(path: str | os.PathLike[str]) -> bool:
+    """Return whether a value of an ONNX file is in bfloat16, as far as the file says.
+
+    Raises:
+        VerificationError: The file cannot be read.
+    """
+    return any(kind == _BF16 for kind in _kinds(read_model(path, weights=False)).values())
+
+
+class NodeByNode:
+    """An ONNX file whose nodes are run one after the other, bfloat16 as float32 that is rounded.
+
+    Weights are read from the file when a node needs them.
+
+    Args:
+        path: The file; its external data lie beside it.
+
+    Attributes:
+        inputs: Dtype and shape of each input, as in `OnnxSession`.
+        output_names: Names of its outputs.
+
+    Raises:
+        RuntimeUnavailableError: The graph holds other graphs (If, Loop) or functions.
+        VerificationError: The file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._folder = str(Path(path).parent)
+        self._model = read_model(path, weights=False)
+        graph = self._model.graph
+        nested = [
+            node.op_type for node in graph.node if any(a.HasField("g") or a.graphs for a in node.attribute)
+        ]
+        if nested or self._model.functions:
+            what = f"the operator {nested[0]}" if nested else "functions"
+            raise RuntimeUnavailableError(f"the graph holds {what}, which cannot be run node by node")
+        self._kinds = _kinds(self._model)
+        self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._sessions: dict[tuple[int, tuple[torch.dtype, ...]], OnnxSession] = {}
+        self.output_names = tuple(value.name for value in graph.output)
+        self.inputs: dict[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]] = {
+            value.name: (_torch_dtype(value.type.tensor_type.elem_type), _shape(value))
+            for value in graph.input
+            if value.name not in self._weights
+        }
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs by name, in the dtypes that the file declares.
+
+        Args:
+            feeds: Tensors by input name.
+
+        Raises:
+            RuntimeUnavailableError: onnxruntime has no kernel for a node in float32 either.
+            VerificationError: A node fails.
+        """
+        nodes = self._model.graph.node
+        last = {name: place for place, node in enumerate(nodes) for name in node.input}
+        values = {name: tensor.detach().cpu() for name, tensor in feeds.items()}
+        for place, node in enumerate(nodes):
+            values.update(self._run_node(place, node, values))
+            for name in {*node.input, *node.output}:
+                if last.get(name, -1) <= place and name not in self.output_names:
+                    values.pop(name, None)
+        return {name: values[name] if name in values else self._weight(name) for name in self.output_names}
+
+    def _run_node(self, place: int, node: onnx.NodeProto, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {
+            name: _widened(values[name] if name in values else self._weight(name))
+            for name in node.input
+            if name
+        }
+        key = (place, tuple(tensor.dtype for tensor in given.values()))
+        if key not in self._sessions:
+            self._sessions[key] = self._session(node, given)
+        found = self._sessions[key].run(given)
+        return {
+            name: tensor.to(torch.bfloat16) if self._kinds.get(name) == _BF16 else tensor
+            for name, tensor in found.items()
+        }
+
+    def _session(self, node: onnx.NodeProto, given: Mapping[str, Tensor]) -> OnnxSession:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        for attribute in copied.attribute:
+            if attribute.HasField("t") and attribute.t.data_type == _BF16:
+                array = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
+            if attribute.name in {"to", "dtype", "output_dtype"} and attribute.i == _BF16:
+                attribute.i = TensorProto.FLOAT
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype), None)
+            for name, tensor in given.items()
+        ]
+        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        graph = helper.make_graph([copied], node.op_type, inputs, outputs)
+        model = helper.make_model(graph, opset_imports=self._model.opset_import)
+        model.ir_version = self._model.ir_version
+        try:
+            return OnnxSession(model.SerializeToString(), optimised=False)
+        except GraphSurgeryError as error:
+            raise RuntimeUnavailableError(f"{node.op_type} cannot be run by itself: {error}") from error
+
+    def _weight(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise VerificationError(f"the graph reads {name!r}, which no node gives")
+        array = numpy_helper.to_array(self._weights[name], base_dir=self._folder)
+        if self._weights[name].data_type == _BF16:
+            return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(np.array(array))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _kinds(model: onnx.ModelProto) -> dict[str, int]:
+    """The element types of all values, as the file declares them or as they follow."""
+    known = model
+    declared = _declared(model)
+    if any(name not in declared for node in model.graph.node for name in node.output if name):
+        known = onnx.shape_inference.infer_shapes(model)
+    kinds = _declared(known)
+    kinds.update((tensor.name, tensor.data_type) for tensor in model.graph.initializer)
+    return kinds
+
+
+def _declared(model: onnx.ModelProto) -> dict[str, int]:
+    graph = model.graph
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.elem_type
+    }
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims)
+
+
+def _torch_dtype(kind: int) -> torch.dtype | None:
+    if kind == _BF16:
+        return torch.bfloat16
+    try:
+        return torch.from_numpy(np.empty(0, helper.tensor_dtype_to_np_dtype(kind))).dtype
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,86 @@
+"""Files in bfloat16, run node by node: what torch computes up to rounding, and wrong weights are caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from graphsurgery.errors import RuntimeUnavailableError, VerificationError
+from graphsurgery.export.by_node import NodeByNode, holds_bfloat16
+from graphsurgery.verify import Baseline
+from graphsurgery.verify.runners import OnnxVariant
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        weights = (q @ k.transpose(1, 2) / 4).float().softmax(-1).to(x.dtype)
+        return self.out(weights @ v)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, Path]:
+    torch.manual_seed(0)
+    model, x = Attention().to(torch.bfloat16).eval(), torch.randn(2, 5, 16).to(torch.bfloat16)
+    path = tmp_path_factory.mktemp("file") / "attention.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, external_data=True, verbose=False)
+    return model, x, path
+
+
+def test_outputs_are_those_of_torch(written: tuple[nn.Module, Tensor, Path]) -> None:
+    model, x, path = written
+    graph = NodeByNode(path)
+    (name,) = graph.inputs
+    (found,) = graph.run({name: x}).values()
+    assert found.dtype == torch.bfloat16
+    assert found.shape == x.shape
+    verdict = Baseline(model, (x,), dynamic_batch=False).compare(OnnxVariant("by node", graph))
+    assert verdict.ok, str(verdict)
+    assert holds_bfloat16(path)
+
+
+def test_detects_wrong_weights(written: tuple[nn.Module, Tensor, Path], tmp_path: Path) -> None:
+    model, x, path = written
+    proto = onnx.load(path)
+    weight = next(
+        t for t in proto.graph.initializer if len(t.dims) == 2 and t.data_type == TensorProto.BFLOAT16
+    )
+    array = numpy_helper.to_array(weight)
+    changed = (array.astype(np.float32) * 1.1).astype(array.dtype)
+    weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    graph = NodeByNode(tmp_path / "wrong.onnx")
+    assert not Baseline(model, (x,), dynamic_batch=False).compare(OnnxVariant("by node", graph)).ok
+
+
+def test_no_file_without_bfloat16_is_taken_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "float32.onnx"
+    torch.onnx.export(nn.Linear(3, 2).eval(), (torch.randn(1, 3),), path, dynamo=True, verbose=False)
+    assert not holds_bfloat16(path)
+
+
+def test_refuses_control_flow_and_unknown_names(tmp_path: Path) -> None:
+    value = [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [2])]
+    inner = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "branch", [], value)
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    given = helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [2])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    onnx.save(
+        helper.make_model(helper.make_graph([node], "g", [condition, given], value)), tmp_path / "if.onnx"
+    )
+    with pytest.raises(RuntimeUnavailableError, match="operator If"):
+        NodeByNode(tmp_path / "if.onnx")
+    node = helper.make_node("Neg", ["z"], ["y"])
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [given], value)), tmp_path / "z.onnx")
+    with pytest.raises(VerificationError, match="'z', which no node gives"):
+        NodeByNode(tmp_path / "z.onnx").run({"x": torch.zeros(2, dtype=torch.bfloat16)})
