@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
 from graphsurgery.export.files import commit, data_name, staging
+from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.sessions import load_model
 from graphsurgery.values import EXAMPLE_SHAPE
@@ -163,6 +164,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
         )
     model: onnx_ir.Model = found.model
     # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
+    hide_rows(model)
     NameFixPass()(model)
     _strip_traces(model)
     if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
