@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import statistics
@@ -93,7 +94,9 @@ def latency(entry: Entry, tell: Tell) -> None:
 
 
 def warm_up() -> None:
-    """Run all of it once on a small network, for what torch does once in a process."""
+    """Run all of it once on a small network, for what torch does once in a process, and load what is slow."""
+    for package in ("transformers.modeling_utils", "peft"):
+        importlib.import_module(package)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     survey(Entry("", "", lambda: (model.eval(), torch.randn(2, 3, 8, 8))), lambda _: None)
 

@@ -13,7 +13,7 @@ from zoo.text import SEQ2SEQ, SMALL, VOCABULARY, model_of, tokens
 
 __all__ = ["entries"]
 
-PATCHES = {
+PATCHES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -30,7 +30,7 @@ WINDOWS = {
     "window_size": 4,
 }
 STAGES = {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
-SOUND = {
+SOUND: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -156,7 +156,7 @@ def _whisper() -> tuple[nn.Module, Any]:
 
 def _pair(kind: str) -> tuple[nn.Module, Any]:
     text = {**SMALL, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
-    options = {"text_config": text, "vision_config": PATCHES}
+    options: dict[str, Any] = {"text_config": text, "vision_config": PATCHES}
     if kind == "CLIPModel":
         options["projection_dim"] = 32
     inputs = {**tokens(length=8), "pixel_values": torch.randn(2, 3, 32, 32)}
