@@ -68,12 +68,13 @@ def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
     wrong = [line for line in captured if _wrong(line)]
     crashed = [line for line in built if _crashed(line)]
     ended = [line for line in built if line["ended"]]
+    unwritten = [line for line in built if "onnx" in line.get("errors", {})]
     ratios = [ratio for line in built if (ratio := _tool_ratio(line)) is not None]
     slow = [name for name, found in timed.items() if found["ratio"] > SLOW]
     text = (
         f"**{len(built)} networks: {_percent(len(captured), len(built))} captured "
         f"({len(built) - len(captured)} not), {len(wrong)} wrong, {len(crashed)} crashed with anything but a "
-        f"named error, {len(ended)} over a limit; tool time / export time {_number(ratios)} in the median"
+        f"named error, {len(ended)} over a limit, {len(unwritten)} without an ONNX file; tool time / export time {_number(ratios)} in the median"
     )
     text += f"; {len(slow)} of {len(timed)} slower than {SLOW}.**" if timed else "; latency not measured.**"
     return text

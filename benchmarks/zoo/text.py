@@ -158,7 +158,7 @@ SEQUENCE_TO_SEQUENCE: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("MT5Model", T5),
     "bart": ("BartModel", SEQ2SEQ),
     "mbart": ("MBartForConditionalGeneration", SEQ2SEQ),
-    "marian": ("MarianModel", SEQ2SEQ),
+    "marian": ("MarianModel", {**SEQ2SEQ, "pad_token_id": 0, "decoder_start_token_id": 0}),
     "pegasus": ("PegasusForConditionalGeneration", SEQ2SEQ),
     "blenderbot": ("BlenderbotModel", SEQ2SEQ),
     "m2m100": ("M2M100Model", SEQ2SEQ),
