@@ -68,10 +68,8 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
     text = table().document(lines)
     summary = text.split("\n\n")[1]
     assert summary.startswith("**7 networks: 71.4 % captured (2 not), 1 wrong, 1 crashed")
-    assert (
-        "1 over a limit, 1 without an ONNX file; tool time / export time 0.50 in the median; 1 of 1 slower than 1.03"
-        in summary
-    )
+    assert "1 over a limit, 1 without an ONNX file; tool time / export time 0.50 in the median" in summary
+    assert summary.endswith("; 1 of 1 slower than 1.03.**")
     assert "| made up | 7 | 5 | 4 | 4 | 4 | 0.75 | 1.00 | 0.50 | 1.05 |" in text
     assert "| crashed | SomeError (not named) | no \\| such thing at model.py:3 |" in text
     assert "| static | why |" in text

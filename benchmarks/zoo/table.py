@@ -74,7 +74,8 @@ def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
     text = (
         f"**{len(built)} networks: {_percent(len(captured), len(built))} captured "
         f"({len(built) - len(captured)} not), {len(wrong)} wrong, {len(crashed)} crashed with anything but a "
-        f"named error, {len(ended)} over a limit, {len(unwritten)} without an ONNX file; tool time / export time {_number(ratios)} in the median"
+        f"named error, {len(ended)} over a limit, {len(unwritten)} without an ONNX file; "
+        f"tool time / export time {_number(ratios)} in the median"
     )
     text += f"; {len(slow)} of {len(timed)} slower than {SLOW}.**" if timed else "; latency not measured.**"
     return text
