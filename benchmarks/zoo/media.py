@@ -81,12 +81,17 @@ PICTURES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "cvt": (
         "CvtForImageClassification",
-        {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
         64,
     ),
     "pvt": (
         "PvtForImageClassification",
-        {"image_size": 64, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]},
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 32, 64, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 4, 8],
+        },
         64,
     ),
     "dpt": (

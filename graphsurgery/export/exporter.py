@@ -19,6 +19,7 @@ from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
+from graphsurgery.export.attention import on_four_axes
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
@@ -145,6 +146,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     try:
         with _silence():
             program = _torch_export(module, example, info.dynamic_batch, notes)
+            on_four_axes(program)
             found = torch.onnx.export(
                 program,
                 dynamo=True,
