@@ -24,6 +24,7 @@ from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.sessions import load_model
+from graphsurgery.export.subtraction import cast_subtrahends
 from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
 
@@ -147,6 +148,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
         with _silence():
             program = _torch_export(module, example, info.dynamic_batch, notes)
             on_four_axes(program)
+            cast_subtrahends(program)
             found = torch.onnx.export(
                 program,
                 dynamo=True,
