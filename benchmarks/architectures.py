@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
     from zoo.listing import entries  # torch and the rest take seconds
 
     index, parts = (int(number) for number in options.part.split("/"))
-    chosen = [entry for entry in entries() if re.search(options.only, entry.name)][index - 1 :: parts]
+    listed = entries()
+    chosen = [entry for entry in listed if re.search(options.only, entry.name)][index - 1 :: parts]
     if options.list:
         print(*(entry.name for entry in chosen), sep="\n")
         return
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
             "note": entry.note,
             "versions": versions,
         }
-        line |= {"machine": platform.machine(), **found}
+        line |= {"listed": len(listed), "machine": platform.machine(), **found}
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         says = "ok" if fine(line) else "; ".join([*troubles(line), line["ended"]])

@@ -75,6 +75,10 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
     assert "| static | why |" in text
     assert "| wrong |  | free | **different** | equal | 8 → 6 |" in text
     assert "2 norm" in text
+    assert "networks of the list" not in text
+    lines[0]["listed"] = 9
+    assert "7 of the 9" not in table().document(lines)
+    assert "8 of the 9 networks of the list have been run." in table().document(lines)
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no sweep was run yet")

@@ -49,13 +49,12 @@ def document(lines: Sequence[Line]) -> str:
     timed = {
         line["name"]: line["latency"] for line in lines if line["kind"] == "latency" and "latency" in line
     }
-    parts = [
-        "# Architectures",
-        summary(surveys, timed),
-        INTRODUCTION,
-        _versions(lines),
-        _families(surveys, timed),
-    ]
+    listed = max((line.get("listed", 0) for line in surveys), default=0)
+    coverage = f"{len(surveys)} of the {listed} networks of the list have been run. " * (
+        listed > len(surveys)
+    )
+    parts = ["# Architectures", summary(surveys, timed), INTRODUCTION, coverage + _versions(lines)]
+    parts.append(_families(surveys, timed))
     parts += _troubles(surveys)
     parts += ["## Every network", _every(surveys, timed)]
     return "\n\n".join(part for part in parts if part) + "\n"
