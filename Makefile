@@ -9,10 +9,10 @@ CODE   := graphsurgery tests examples benchmarks
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types examples bench sweep fuzz mutations wheel clean
+.PHONY: help install demo test lint format types examples bench sweep architectures fuzz mutations wheel clean
 
 help: ## Show this help
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,10 +42,14 @@ examples: $(STAMP) ## Run every example
 	set -e; for demo in examples/*/demo.py; do echo "== $$demo"; $(BIN)/python $$demo; done
 
 bench: $(STAMP) ## Run the benchmarks (ratios; nothing is asserted)
-	set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	set -e; for bench in $(filter-out benchmarks/architectures.py, $(wildcard benchmarks/*.py)); do echo "== $$bench"; $(BIN)/python $$bench; done
 
-sweep: $(STAMP) ## Run the long searches over random networks and zoos
+sweep: $(STAMP) ## Run the long searches over random networks (over public ones: make architectures)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m sweep $(ARGS)
+
+# Goes on where it was stopped; results lie in out/architectures.jsonl. ARGS="--only timm/", "--latency", ...
+architectures: $(STAMP) ## Run the networks of torchvision, timm, transformers and peft; write docs/architectures.md
+	$(ONE_THREAD) $(BIN)/python benchmarks/architectures.py $(ARGS)
 
 N ?= 2000
 SEED ?= 0

@@ -93,7 +93,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
     agreement = _Agreement(gm, model, sizes)
     with evaluated(model):
         rules, unchecked = sizes.rules(agreement)
-    notes += exported.notes + more + agreement.notes
+    notes += exported.notes + more + agreement.notes(rules)
     return _record(gm, name, inputs, sizes, rules, dynamic=exported.dynamic, notes=notes, unchecked=unchecked)
 
 
@@ -173,20 +173,17 @@ def _require_same(name: str, inputs: Inputs, found: str | None) -> None:
 
 
 class _Agreement:
-    """Whether model and graph agree on inputs of other sizes than the example's.
-
-    Attributes:
-        notes: Where they do not though the model runs, of sizes that are 1.
-    """
+    """Whether model and graph agree on inputs of other sizes than the example's."""
 
     def __init__(self, gm: fx.GraphModule, model: nn.Module, sizes: InputSizes) -> None:
         self._gm, self._model, self._sizes = gm, model, sizes
         self._example = {symbol: sizes.example_size(symbol) for symbol in sizes.free}
         self._noted: dict[str, str] = {}
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(self._noted.values())
+    def notes(self, rules: Rules) -> tuple[str, ...]:
+        """Where they do not though the model runs, of sizes that are 1 and refused by the rules for it."""
+        least = {name: low or 0 for name, low, _ in rules.sizes}
+        return tuple(text for name, text in self._noted.items() if least.get(name, 0) > 1)
 
     def __call__(self, sizes: Mapping[Any, int], inputs: Inputs) -> bool:
         try:

@@ -33,8 +33,6 @@ TRIED = 16
 """Batch sizes up to this one are asked for in `InputSizes.refused_batches`."""
 
 _UNBOUND = 2  # torch traces for sizes of 2 and more, and lets 0 and 1 pass where nothing else is known
-
-
 Bounds = dict[sympy.Symbol, tuple[int | None, int | None]]
 """The least and the greatest value of each free size."""
 
@@ -139,11 +137,10 @@ class InputSizes:
 
     def refused_batches(self, rules: Rules, inputs: Inputs) -> tuple[int, ...]:
         """Return the batch sizes up to `TRIED` that the rules refuse; none where the batch is not free."""
-        batch = self._batch()
-        if batch is None or not (rules.sizes or rules.conditions):
+        if self._batch() is None or not (rules.sizes or rules.conditions):
             return ()
         meta = inputs.map_tensors(lambda tensor: tensor.to("meta"))
-        return tuple(size for size in range(1, TRIED + 1) if not self._accepts(rules, meta, batch, size))
+        return tuple(size for size in range(1, TRIED + 1) if not self._accepts(rules, meta, size))
 
     def _batch(self) -> sympy.Symbol | None:
         return next((symbol for symbol, name in self.free.items() if name == "batch"), None)
@@ -172,8 +169,13 @@ class InputSizes:
         own = ((i, e) for i, e in tensors if e in self._where and not isinstance(self._given_size(i), Dim))
         return {(i, e) for i, e in own if self.example_size(e) == self.example_size(batch)}
 
-    def _accepts(self, rules: Rules, inputs: Inputs, symbol: sympy.Symbol, size: int) -> bool:
-        changed = self.resized(inputs, dict.fromkeys((symbol, *(e for _, e in self._beside(symbol))), size))
+    def _group(self) -> frozenset[sympy.Symbol]:
+        """Return the batch, where it is free, and what is beside it."""
+        batch = self._batch()
+        return frozenset() if batch is None else frozenset({batch, *(e for _, e in self._beside(batch))})
+
+    def _accepts(self, rules: Rules, inputs: Inputs, size: int) -> bool:
+        changed = self.resized(inputs, dict.fromkeys(self._group(), size))
         if changed is None:
             return False
         try:
@@ -233,6 +235,7 @@ class InputSizes:
             {symbol: self._text(place) for symbol, place in self._where.items()},
             self._symbols_in,
             self._shapes,
+            self._group(),
         )
         settled = settle(space, conditions, run)
         for symbol, values in settled.refused.items():
@@ -308,10 +311,7 @@ class InputSizes:
         return self._given.get((self._order[index], axis))
 
     def _range(self, expr: sympy.Expr, index: int, axis: int = 0) -> tuple[int | None, int | None]:
-        """Return the least size that the caller allows on an axis, and the greatest, None for any.
-
-        An exported program tells no longer whose its bounds are, but a lower one of 1 is nobody else's.
-        """
+        """Return the least size that the caller allows on an axis (1 is nobody else's), and the greatest."""
         bounds = self._program.range_constraints.get(expr)
         low, high = getattr(bounds, "lower", None), getattr(bounds, "upper", None)
         given = getattr(self._given_size(index, axis), "min", None)

@@ -10,6 +10,8 @@ Neither tells what the model does there, so it is tried, in three steps:
    where it has (`h // 4 * (w // 4) != h // 4` where `w // 4` is 1). Model and graph are run there.
 2. Where they agree, the conditions that were broken are lifted for that value of the expression. Where they
    differ, or the model fails, they stay, and a free size of that value is refused.
+   A leading size beside the batch (that of a mask) may be 1 where it is not refused with the batch: then
+   the condition is that all of them are.
 3. Free sizes that may be 0 or 1 are tried so together.
 
 Equations are conditions of the model, and never lifted; nor is the range of a `Dim`.
@@ -70,6 +72,7 @@ class Space:
         texts: The words for it.
         symbols_in: The free sizes that an expression depends on; None where others are among them.
         leaves: Objects with the shapes of the inputs at given sizes; None where there are no such inputs.
+        beside: The batch and the leading sizes that are changed with it, though no condition ties them.
     """
 
     example: Sizes
@@ -78,6 +81,7 @@ class Space:
     texts: Mapping[sympy.Symbol, str]
     symbols_in: Callable[[Any], set[sympy.Symbol] | None]
     leaves: Callable[[Sizes], Sequence[Any] | None]
+    beside: frozenset[sympy.Symbol] = frozenset()
 
     def allows(self, sizes: Sizes) -> bool:
         """Return whether sizes are in the ranges."""
@@ -126,12 +130,16 @@ class _Trials:
     def settled(self) -> Settled:
         lifted: dict[int, list[tuple[Any, int]]] = {index: [] for index in range(len(self._conditions))}
         refused: dict[sympy.Symbol, tuple[int, ...]] = {}
+        tied: list[Condition] = []
         for symbol, place in self._space.places.items():
             for value in _SMALL:
                 if value < self._space.ranges[symbol][0]:
                     continue
                 # A range has no hole: where 1 is refused, so is 0.
                 found = None if symbol in refused else self._try(place, value)
+                if found is None and value == 1 and symbol in self._space.beside:
+                    found = self._try_beside()
+                    tied += self._only_beside(symbol) if found is not None else []
                 if found is None:
                     refused[symbol] = (*refused.get(symbol, ()), value)
                 for index in found or ():
@@ -141,7 +149,7 @@ class _Trials:
             for index in self._try(expression, value) or ():
                 lifted[index].append((expression, value))
         remaining = (_lift(condition, lifted[index]) for index, condition in enumerate(self._conditions))
-        kept = [condition for condition in remaining if condition is not None]
+        kept = [*(condition for condition in remaining if condition is not None), *tied]
         return Settled((*kept, *self._together(kept, refused)), refused)
 
     def _try(self, expression: Any, value: int) -> frozenset[int] | None:
@@ -156,6 +164,26 @@ class _Trials:
         ordered = sorted(usable, key=lambda sizes: sum(sizes.values()))
         chosen = (usable[0], ordered[0], ordered[-1])  # the first has most in common with the example
         return always if all(map(self._run, chosen)) else None
+
+    def _try_beside(self) -> frozenset[int] | None:
+        """The same as `_try`, where the batch and all the sizes beside it are 1."""
+        sizes = {**self._space.example, **dict.fromkeys(self._space.beside, 1)}
+        at = self._space.leaves(sizes) if self._space.allows(sizes) else None
+        if at is None or not all(self._holds(index, at) for index in self._hard) or not self._run(sizes):
+            return None
+        return frozenset(index for index in self._soft if not self._holds(index, at))
+
+    def _only_beside(self, symbol: sympy.Symbol) -> list[Condition]:
+        """Return the conditions that a size is 1 only where the batch and the sizes beside it are."""
+        places, texts = self._space.places, self._space.texts
+        return [
+            Condition(
+                f"{texts[symbol]} != 1 or {texts[other]} == 1",
+                ("or", ("!=", places[symbol], 1), ("==", places[other], 1)),
+            )
+            for other in places
+            if other in self._space.beside and other != symbol
+        ]
 
     def _points(self, expression: Any, value: int) -> Iterator[tuple[Sizes, Sequence[Any]]]:
         """Sizes at which the expression has the value and no equation is broken, evenly taken of all."""

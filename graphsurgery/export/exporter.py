@@ -20,10 +20,13 @@ from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, fx, nn
 
 from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
+from graphsurgery.export.attention import on_four_axes
 from graphsurgery.export.by_node import BY_NODE_NOTE, NodeByNode, holds_bfloat16
 from graphsurgery.export.files import commit, data_name, staging
+from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.sessions import load_model
+from graphsurgery.export.subtraction import cast_subtrahends
 from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
 from graphsurgery.verify.runners import OnnxVariant
@@ -148,6 +151,8 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     try:
         with _silence():
             program = _torch_export(module, example, info.dynamic_batch, notes)
+            on_four_axes(program)
+            cast_subtrahends(program)
             found = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -167,6 +172,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
         )
     model: onnx_ir.Model = found.model
     # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
+    hide_rows(model)
     NameFixPass()(model)
     _strip_traces(model)
     if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:

@@ -69,21 +69,37 @@ def test_verification_keeps_sizes_that_depend_on_the_batch_together(kind: str) -
         torch.testing.assert_close(result.module(*run.inputs.args), model(*run.inputs.args))
 
 
+class Masked(nn.Module):
+    """As in transformers: the mask is read by row numbers, and not at all where it is all ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(ids)
+        if torch.compiler.is_compiling() or not bool((mask == 1).all()):
+            hidden = hidden * mask[torch.arange(ids.shape[0])].unsqueeze(-1)
+        result: torch.Tensor = self.head(hidden)
+        return result
+
+
+def test_one_row_with_a_mask_of_one_row_is_taken_and_a_mask_of_one_row_for_two_is_not() -> None:
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 9, (2, 5)), torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    model = Masked().eval()
+    gm = gs.capture(model, {"ids": ids, "mask": mask})
+    info = capture_info(gm)
+    assert info.refused_batches == ()
+    assert not any("not of 1" in note for note in info.notes)
+    torch.testing.assert_close(gm(ids=ids[1:], mask=mask[1:]), model(ids=ids[1:], mask=mask[1:]))
+    # The model takes this one, for a mask of ones is not read; the graph would read its second row.
+    with pytest.raises(ValueError, match=r"mask\.shape\[0\] != 1 or ids\.shape\[0\] == 1"):
+        gm(ids=ids, mask=mask[:1])
+
+
 def test_a_mask_that_no_condition_ties_to_the_batch_changes_with_it() -> None:
-    class Masked(nn.Module):
-        """As in transformers: the mask is read by row numbers, and not at all where it is all ones."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            hidden = self.table(ids)
-            if torch.compiler.is_compiling() or not bool((mask == 1).all()):
-                hidden = hidden * mask[torch.arange(ids.shape[0])].unsqueeze(-1)
-            result: torch.Tensor = self.head(hidden)
-            return result
-
     torch.manual_seed(0)
     ids, mask = torch.randint(0, 9, (2, 5)), torch.ones(2, 5, dtype=torch.int64)
     result = gs.optimize(Masked().eval(), {"ids": ids, "mask": mask})

@@ -1,0 +1,258 @@
+"""The document of a sweep, made of its lines of results."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+__all__ = ["SLOW", "document", "summary"]
+
+Line = dict[str, Any]
+
+SLOW = 1.03
+"""Ratio of latencies above which a network counts as slower."""
+
+INTRODUCTION = """\
+Made by `make architectures` (`benchmarks/architectures.py`), as is all that follows. Every network is made
+by code, with random weights that look trained (no zero heads, no layer scales of 1e-6, statistics of random
+inputs in the batch norms), on the smallest picture of at least 64 x 64 that it takes, and with a batch of
+two. "Equal" is the verdict of [the verification](verification.md): in torch with both programs cast to
+float64 besides, and of the ONNX file on onnxruntime without and with its optimisations. Nodes,
+multiplications (MACs) and FLOPs are counted per sample. Tool time is `gs.optimize` with its verification;
+export time is `torch.onnx.export(dynamo=True)` of the same network; both are processor time, in one warm
+process. Latency is onnxruntime's on one thread, plain export and result run by run in turn."""
+
+COLUMNS = (
+    "family",
+    "networks",
+    "captured",
+    "free batch",
+    "equal in torch",
+    "equal on onnxruntime",
+    "nodes",
+    "MACs",
+    "tool / export",
+    "latency",
+)
+
+
+def document(lines: Sequence[Line]) -> str:
+    """The whole document.
+
+    Args:
+        lines: Results, of kind `survey` and `latency`, one of each network.
+    """
+    surveys = [line for line in lines if line["kind"] == "survey"]
+    timed = {
+        line["name"]: line["latency"] for line in lines if line["kind"] == "latency" and "latency" in line
+    }
+    listed = max((line.get("listed", 0) for line in surveys), default=0)
+    coverage = f"{len(surveys)} of the {listed} networks of the list have been run. " * (
+        listed > len(surveys)
+    )
+    parts = ["# Architectures", summary(surveys, timed), INTRODUCTION, coverage + _versions(lines)]
+    parts.append(_families(surveys, timed))
+    parts += _troubles(surveys)
+    parts += ["## Every network", _every(surveys, timed)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
+    """The line that says it all."""
+    built = [line for line in surveys if _built(line)]
+    captured = [line for line in built if _captured(line)]
+    wrong = [line for line in captured if _wrong(line)]
+    crashed = [line for line in built if _crashed(line)]
+    ended = [line for line in built if line["ended"]]
+    unwritten = [line for line in built if "onnx" in line.get("errors", {})]
+    ratios = [ratio for line in built if (ratio := _tool_ratio(line)) is not None]
+    slow = [name for name, found in timed.items() if found["ratio"] > SLOW]
+    text = (
+        f"**{len(built)} networks: {_percent(len(captured), len(built))} captured "
+        f"({len(built) - len(captured)} not), {len(wrong)} wrong, {len(crashed)} crashed with anything but a "
+        f"named error, {len(ended)} over a limit, {len(unwritten)} without an ONNX file; "
+        f"tool time / export time {_number(ratios)} in the median"
+    )
+    text += f"; {len(slow)} of {len(timed)} slower than {SLOW}.**" if timed else "; latency not measured.**"
+    return text
+
+
+# -- what a line says ---------------------------------------------------------------------------------------
+
+
+def _built(line: Line) -> bool:
+    return "make" not in line.get("errors", {})
+
+
+def _captured(line: Line) -> bool:
+    return "captured" in line
+
+
+def _wrong(line: Line) -> bool:
+    """A result that was handed out and differs; what was undone or not written is none."""
+    return not line["torch"]["ok"] or not line.get("onnx", {"ok": True})["ok"]
+
+
+def _crashed(line: Line) -> bool:
+    ours = {stage: error for stage, error in line.get("errors", {}).items() if stage in ("optimise", "onnx")}
+    return any(not error["named"] for error in ours.values()) or "the process" in line["ended"]
+
+
+def _tool_ratio(line: Line) -> float | None:
+    seconds = line.get("seconds", {})
+    if "tool_cpu" not in seconds or "export_cpu" not in seconds:
+        return None
+    ratio: float = seconds["tool_cpu"] / seconds["export_cpu"]
+    return ratio
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
+def _families(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
+    groups: dict[str, list[Line]] = defaultdict(list)
+    for line in surveys:
+        groups[line["family"]].append(line)
+    rows = [_family(name, members, timed) for name, members in sorted(groups.items())]
+    rows.append(_family("**all**", surveys, timed))
+    return _table(COLUMNS, rows)
+
+
+def _family(name: str, lines: Sequence[Line], timed: dict[str, Line]) -> list[str]:
+    built = [line for line in lines if _built(line)]
+    captured = [line for line in built if _captured(line)]
+    shrunk = [_relative(line, "nodes") for line in captured]
+    cheaper = [_relative(line, "macs") for line in captured if line["before"]["macs"]]
+    ratios = [ratio for line in built if (ratio := _tool_ratio(line)) is not None]
+    latencies = [timed[line["name"]]["ratio"] for line in lines if line["name"] in timed]
+    return [
+        name,
+        str(len(built)),
+        str(len(captured)),
+        str(sum(line["captured"] == "dynamic batch" for line in captured)),
+        str(sum(line["torch"]["ok"] for line in captured)),
+        str(sum(line.get("onnx", {}).get("ok", False) for line in captured)),
+        _number(shrunk),
+        _number(cheaper),
+        _number(ratios),
+        _number(latencies),
+    ]
+
+
+def _relative(line: Line, key: str) -> float:
+    ratio: float = line["after"][key] / max(1, line["before"][key])
+    return ratio
+
+
+def _troubles(surveys: Sequence[Line]) -> list[str]:
+    """What does not work, by stage and reason."""
+    parts = []
+    titles = {
+        "make": "Not built",
+        "optimise": "Not captured, or not optimised",
+        "onnx": "No ONNX file",
+        "plain export": "The plain export fails",
+    }
+    for stage, title in titles.items():
+        rows = [
+            [
+                line["name"],
+                error["class"] + ("" if error["named"] else " (not named)"),
+                _cell(error["message"]),
+            ]
+            for line in surveys
+            if (error := line.get("errors", {}).get(stage)) is not None
+        ]
+        if rows:
+            parts += [f"## {title}: {len(rows)}", _table(("network", "error", "first line"), rows)]
+    ended = [[line["name"], str(line.get("stage", "")), line["ended"]] for line in surveys if line["ended"]]
+    if ended:
+        parts += [f"## Over a limit: {len(ended)}", _table(("network", "stage", "limit"), ended)]
+    undone = [[line["name"], _cell(text)] for line in surveys for text in line.get("failures", ())]
+    if undone:
+        parts += [
+            f"## Passes that were undone: {len(undone)}",
+            _table(("network", "pass, code, reason"), undone),
+        ]
+    static = [
+        [line["name"], _cell(" ".join(line["notes"]))] for line in surveys if line.get("captured") == "static"
+    ]
+    if static:
+        parts += [f"## Captured with a static batch: {len(static)}", _table(("network", "notes"), static)]
+    return parts
+
+
+def _every(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
+    rows = []
+    for line in surveys:
+        latency = timed.get(line["name"])
+        spread = (
+            f"{latency['ratio']:.2f} ({latency['least']:.2f} to {latency['most']:.2f})" if latency else ""
+        )
+        times = f"{latency['before_ms']:.2f}, {latency['after_ms']:.2f}" if latency else ""
+        rows.append([line["name"], line["note"], *_figures(line), times, spread])
+    columns = (
+        "network",
+        "picture",
+        "batch",
+        "torch",
+        "onnxruntime",
+        "nodes",
+        "MMACs",
+        "layers fewer",
+        "tool / export",
+    )
+    table = _table((*columns, "ms before, after", "ratio (spread)"), rows)
+    return f"<details><summary>{len(rows)} networks</summary>\n\n{table}\n\n</details>"
+
+
+def _figures(line: Line) -> list[str]:
+    ratio = _tool_ratio(line)
+    tool = "" if ratio is None else f"{ratio:.2f}"
+    if not _captured(line):
+        return ["", "", "", "", "", "", tool]
+    before, after = line["before"], line["after"]
+    fewer = {kind: count - after["layers"].get(kind, 0) for kind, count in sorted(before["layers"].items())}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in fewer.items() if count > 0)
+    onnx = line.get("onnx", {}).get("ok")
+    return [
+        "free" if line["captured"] == "dynamic batch" else "static",
+        "equal" if line["torch"]["ok"] else "**different**",
+        "equal" if onnx else "",
+        f"{before['nodes']} → {after['nodes']}",
+        f"{before['macs'] / 1e6:.2f} → {after['macs'] / 1e6:.2f}",
+        kinds,
+        tool,
+    ]
+
+
+def _versions(lines: Sequence[Line]) -> str:
+    """The versions, where one package had several all of them."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        for name, number in line["versions"].items():
+            found[name].add(number)
+    return ", ".join(f"{name} {' and '.join(sorted(numbers))}" for name, numbers in found.items()) + "."
+
+
+def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that fits a cell of a table, without the paths of one machine."""
+    text = re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-]+)", "", text)
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "none"
+
+
+def _number(values: Sequence[float], of: Callable[[Sequence[float]], float] = statistics.median) -> str:
+    return f"{of(values):.2f}" if values else ""

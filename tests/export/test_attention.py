@@ -1,0 +1,56 @@
+"""Attention over other than four axes, which torch's exporter cannot translate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphsurgery as gs
+from graphsurgery.errors import ExportError
+from graphsurgery.export import exporter
+
+
+class Windowed(nn.Module):
+    """As in Hiera: heads and windows before the length; or neither."""
+
+    def __init__(self, heads: bool, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.heads:
+            parts = self.qkv(x).reshape(x.shape[0], 6, 5, 3, 2, 4).permute(3, 0, 4, 1, 2, 5)
+        else:
+            parts = self.qkv(x).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(*parts, is_causal=self.causal)
+        if self.heads:
+            mixed = mixed.permute(0, 2, 3, 1, 4).flatten(3)
+        answer: Tensor = self.out(mixed)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("heads", "causal"), [(True, False), (False, True)], ids=["five axes", "three, causal"]
+)
+def test_attention_is_exported_with_a_free_batch(heads: bool, causal: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Windowed(heads, causal).eval()
+    result = gs.optimize(model, torch.randn(2, 6, 5, 8) if heads else torch.randn(2, 5, 8))
+    written = result.export_onnx(tmp_path / "attention.onnx")
+    assert written.verdict is not None
+    assert written.verdict.ok
+    assert {1, 2} < set(written.verdict.batch_sizes)
+
+
+def test_detects_that_the_exporter_takes_four_axes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, torch's exporter has learned it, and `on_four_axes` can go."""
+    monkeypatch.setattr(exporter, "on_four_axes", lambda _: 0)
+    result = gs.optimize(Windowed(heads=True, causal=False).eval(), torch.randn(2, 6, 5, 8), verify="off")
+    with pytest.raises(ExportError, match="cannot be translated"):
+        result.export_onnx(tmp_path / "attention.onnx")

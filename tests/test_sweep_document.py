@@ -1,0 +1,88 @@
+"""The document of the sweep over architectures: what it counts, and that its record makes it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TREE = Path(__file__).parent.parent
+RECORD = TREE / "docs" / "architectures.jsonl"
+
+
+def table() -> Any:
+    spec = importlib.util.spec_from_file_location("zoo_table", TREE / "benchmarks" / "zoo" / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(name: str, **changed: Any) -> dict[str, Any]:
+    figures = {"layers": {"conv": 2, "norm": 2}, "nodes": 8, "parameters": 10, "macs": 100, "flops": 250}
+    return {
+        "name": name,
+        "kind": "survey",
+        "family": "made up",
+        "note": "",
+        "versions": {"torch": "2.14"},
+        "ended": "",
+        "captured": "dynamic batch",
+        "notes": [],
+        "torch": {"ok": True},
+        "onnx": {"ok": True},
+        "before": figures,
+        "after": {**figures, "layers": {"conv": 2}, "nodes": 6},
+        "seconds": {"tool_cpu": 2.0, "export_cpu": 4.0},
+        **changed,
+    }
+
+
+def failed(name: str, stage: str, *, named: bool) -> dict[str, Any]:
+    error = {"class": "SomeError", "named": named, "message": "no | such thing at /home/me/model.py:3"}
+    made = line(name, errors={stage: error})
+    for key in ("captured", "torch", "onnx", "before", "after", "seconds") if stage != "onnx" else ("onnx",):
+        del made[key]
+    return made
+
+
+def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> None:
+    lines = [
+        line("good"),
+        line("static", captured="static", notes=["why"], seconds={"tool_cpu": 6.0, "export_cpu": 2.0}),
+        line("wrong", torch={"ok": False}),
+        failed("not captured", "optimise", named=True),
+        failed("crashed", "optimise", named=False),
+        failed("no file", "onnx", named=True),
+        failed("not built", "make", named=False),
+        line("too long", ended="over 180 s of processor time", stage="plain export"),
+        {
+            **line("good", latency={"ratio": 1.05, "least": 1, "most": 2, "before_ms": 1, "after_ms": 1}),
+            "kind": "latency",
+        },
+    ]
+    text = table().document(lines)
+    summary = text.split("\n\n")[1]
+    assert summary.startswith("**7 networks: 71.4 % captured (2 not), 1 wrong, 1 crashed")
+    assert "1 over a limit, 1 without an ONNX file; tool time / export time 0.50 in the median" in summary
+    assert summary.endswith("; 1 of 1 slower than 1.03.**")
+    assert "| made up | 7 | 5 | 4 | 4 | 4 | 0.75 | 1.00 | 0.50 | 1.05 |" in text
+    assert "| crashed | SomeError (not named) | no \\| such thing at model.py:3 |" in text
+    assert "| static | why |" in text
+    assert "| wrong |  | free | **different** | equal | 8 → 6 |" in text
+    assert "2 norm" in text
+    assert "networks of the list" not in text
+    lines[0]["listed"] = 9
+    assert "7 of the 9" not in table().document(lines)
+    assert "8 of the 9 networks of the list have been run." in table().document(lines)
+
+
+@pytest.mark.skipif(not RECORD.exists(), reason="no sweep was run yet")
+def test_the_document_is_made_of_its_record() -> None:
+    lines = [json.loads(text) for text in RECORD.read_text(encoding="utf-8").splitlines()]
+    document = (TREE / "docs" / "architectures.md").read_text(encoding="utf-8")
+    assert table().document(lines) == document, "run `python benchmarks/architectures.py --render`"
