@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import logging
 import os
@@ -19,17 +18,17 @@ import torch
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, fx, nn
 
-from graphsurgery.errors import ExportError, RuntimeUnavailableError, VerificationError
+from graphsurgery.errors import ExportError
 from graphsurgery.export.attention import on_four_axes
-from graphsurgery.export.by_node import BY_NODE_NOTE, NodeByNode, holds_bfloat16
+from graphsurgery.export.by_node import BY_NODE_NOTE
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
+from graphsurgery.export.proof import baseline_of, compare_file, input_names
 from graphsurgery.export.sessions import load_model
 from graphsurgery.export.subtraction import cast_subtrahends
 from graphsurgery.values import EXAMPLE_SHAPE
-from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
-from graphsurgery.verify.runners import OnnxVariant
+from graphsurgery.verify import Baseline, Inputs, Verdict
 
 __all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx", "free_call"]
 
@@ -127,7 +126,7 @@ def export_onnx(
         load_model(file)
         verdicts: tuple[Verdict, ...] = ()
         if verify:
-            verdicts = _compare(file, info, baseline or _baseline(reference or module, info))
+            verdicts = compare_file(file, info, baseline or baseline_of(reference or module, info))
             notes += [note for note in verdicts[-1].notes if note == BY_NODE_NOTE]
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         commit(folder, target)
@@ -159,7 +158,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
                 optimize=True,
                 opset_version=opset,
                 verbose=False,
-                input_names=_input_names(info, example),
+                input_names=input_names(info, example),
                 output_names=list(file_outputs(info.input_names, info.output_names)) or None,
             )
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
@@ -281,14 +280,6 @@ def _shapes(module: nn.Module, inputs: Inputs, free: list[tuple[int, ...]], dim:
     return collection.dynamic_shapes(module, inputs.args, kwargs)  # type: ignore[no-untyped-call]
 
 
-def _input_names(info: ExportInfo, example: Inputs) -> list[str] | None:
-    """Return the names of the tensors among the inputs; None if they cannot be told apart."""
-    leaves, names = example.leaves(), list(info.input_names)
-    if len(names) == len(leaves):
-        return [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
-    return names if len(names) == len(example.tensors()) else None
-
-
 def _strip_traces(model: onnx_ir.Model) -> None:
     """Take out what torch's exporter notes of the source: absolute paths and lines of code."""
     parts: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
@@ -326,7 +317,7 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-# -- writing and comparing --------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------
 
 
 def _write(model: onnx_ir.Model, file: Path, data: str | None) -> None:
@@ -338,66 +329,3 @@ def _write(model: onnx_ir.Model, file: Path, data: str | None) -> None:
                 onnx_ir.save(model, file, external_data=data, size_threshold_bytes=1024)
     except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"cannot write {file.name}: {_reason(error)}") from error
-
-
-def _baseline(reference: nn.Module, info: ExportInfo) -> Baseline:
-    example = Inputs(tuple(info.args), dict(info.kwargs))
-    return Baseline(
-        reference,
-        example,
-        dynamic_batch=info.dynamic_batch,
-        refused_batches=getattr(info, "refused_batches", ()),
-        batch_axes=getattr(info, "batch_axes", None),
-    )
-
-
-def _compare(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict, ...]:
-    """Compare onnxruntime, optimisations off and on, with the reference; in bfloat16 node by node.
-
-    Raises:
-        VerificationError: They differ, or onnxruntime cannot run the file.
-    """
-    verdicts = []
-    example = Inputs(tuple(info.args), dict(info.kwargs))
-    if holds_bfloat16(file):
-        return (_compare_by_node(file, info, baseline, _input_names(info, example)),)
-    for optimised in (False, True):
-        name = f"onnxruntime {file.name} ({'optimised' if optimised else 'not optimised'})"
-        try:
-            runner = OnnxRunner(file, optimised=optimised, input_names=_input_names(info, example), name=name)
-        except RuntimeUnavailableError as error:
-            raise VerificationError(
-                f"{file.name} could not be verified and is not kept ({error}); verify=False keeps it so"
-            ) from error
-        _check_output_names(file, runner.output_names, info, baseline)
-        verdicts.append(baseline.compare(runner).raise_if_failed())
-    return tuple(verdicts)
-
-
-def _compare_by_node(file: Path, info: ExportInfo, baseline: Baseline, names: list[str] | None) -> Verdict:
-    """Compare a file with values in bfloat16, for which onnxruntime has few kernels on the CPU.
-
-    Raises:
-        VerificationError: They differ, or the nodes cannot be run either.
-    """
-    try:
-        graph = NodeByNode(file)
-        _check_output_names(file, graph.output_names, info, baseline)
-        title = f"onnxruntime {file.name} (node by node, bfloat16 computed in float32 and rounded)"
-        found = baseline.compare(OnnxVariant(title, graph, tuple(names) if names else None))
-    except RuntimeUnavailableError as error:
-        raise VerificationError(
-            f"{file.name} could not be verified and is not kept ({error}); verify=False keeps it so"
-        ) from error
-    return dataclasses.replace(found, notes=(BY_NODE_NOTE, *found.notes)).raise_if_failed()
-
-
-def _check_output_names(file: Path, names: tuple[str, ...], info: ExportInfo, baseline: Baseline) -> None:
-    wanted = _output_names(info, baseline)
-    if wanted and names != wanted:
-        raise VerificationError(f"{file.name} calls its outputs {names}, expected {wanted}")
-
-
-def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:
-    names = file_outputs(info.input_names, info.output_names)
-    return names if len(names) == len(baseline.outputs) else ()

@@ -23,8 +23,8 @@ from graphsurgery.verify.data import Data
 from graphsurgery.verify.extra import Extra
 from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, batch_size, battery, samples_for
 from graphsurgery.verify.judge import judge
-from graphsurgery.verify.precision import nudge_inputs
-from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, Runner, TorchRunner, runner_for
+from graphsurgery.verify.precision import cause_of_nan, nudge_inputs
+from graphsurgery.verify.runners import OnnxRunner, Outputs, ReferenceRunner, TorchRunner, runner_for
 from graphsurgery.verify.sizes import SizeAxes
 from graphsurgery.verify.verdict import Verdict
 
@@ -36,17 +36,6 @@ _DECISION_ULPS = 16.0
 """How far the data are moved to find the integers that hang on rounding (an argmax near a tie)."""
 
 _SEED_OF_NOISE = 7919
-
-
-def _cause_of_nan(runner: Runner) -> str:
-    """Return what to do about outputs that are all NaN: the first parameter that is not finite, if any is."""
-    module = runner.module if isinstance(runner, TorchRunner) else None
-    for name, tensor in module.named_parameters() if module is not None else ():
-        for found, kind in ((tensor.isnan(), "NaN"), (tensor.isinf(), "infinite")):
-            if bool(found.any()):
-                many = f"{int(found.sum())} of {tensor.numel()} values of {name!r}"
-                return f"{many} are {kind}: load sound weights"
-    return "look for NaN or infinities in its weights or in the example"
 
 
 @dataclass
@@ -398,7 +387,8 @@ class Baseline:
                 "nothing can be compared; expected at least one tensor with elements"
             )
         if all(bool(value.isnan().all()) for output in self.outputs for value in output.native):
+            module = self.runner.module if isinstance(self.runner, TorchRunner) else None
             raise VerificationError(
                 f"every output of {self.runner.name} is NaN on every input, so nothing can be compared; "
-                f"{_cause_of_nan(self.runner)}"
+                f"{cause_of_nan(module)}"
             )

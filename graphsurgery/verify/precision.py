@@ -19,6 +19,7 @@ from graphsurgery.verify.inputs import Inputs
 __all__ = [
     "Float64Mode",
     "Nudger",
+    "cause_of_nan",
     "copy_module",
     "float64_state",
     "nudge_inputs",
@@ -200,3 +201,13 @@ def nudge_inputs(inputs: Inputs, ulps: float, seed: int) -> Inputs:
     """Return the inputs with every float tensor moved by `ulps` units in the last place."""
     nudger = Nudger(seed, ulps)
     return inputs.replace([nudger(x) if isinstance(x, Tensor) else x for x in inputs.leaves()])
+
+
+def cause_of_nan(module: nn.Module | None) -> str:
+    """Return what to do about outputs that are all NaN: the first parameter that is not finite, if any is."""
+    for name, tensor in module.named_parameters() if module is not None else ():
+        for found, kind in ((tensor.isnan(), "NaN"), (tensor.isinf(), "infinite")):
+            if bool(found.any()):
+                many = f"{int(found.sum())} of {tensor.numel()} values of {name!r}"
+                return f"{many} are {kind}: load sound weights"
+    return "look for NaN or infinities in its weights or in the example"
