@@ -95,7 +95,9 @@ def fold_part(module: nn.Module, calls: Sequence[Inputs], settings: Settings) ->
 
 def _fold(module: nn.Module, calls: Sequence[Inputs], settings: Settings) -> Outcome:
     problem, report = ("", ""), None
-    for inputs, shapes in _attempts(module, calls):
+    for inputs, shapes, needed in _attempts(module, calls):
+        if needed and problem[0] != needed:
+            continue
         try:
             result = settings.optimize(module, inputs, shapes)
         except CaptureError as error:
@@ -138,27 +140,33 @@ def _sizes(report: Report) -> str:
     return f"{len(report.changes)} changes; it takes {taken}"
 
 
-def _attempts(module: nn.Module, calls: Sequence[Inputs]) -> Iterator[tuple[Inputs, dict[str, Any] | None]]:
-    """Example inputs and `dynamic_shapes`, the most general ones first."""
+def _attempts(
+    module: nn.Module, calls: Sequence[Inputs]
+) -> Iterator[tuple[Inputs, dict[str, Any] | None, str]]:
+    """Example inputs, `dynamic_shapes` and the problem they are meant for, the most general ones first."""
     largest = max(calls, key=size)
     wide = _widened(module, largest)
     every = [range(tensor.ndim) for tensor in wide.tensors()]
     if sum(map(len, every)) <= _MOST_FREE:
-        yield wide, _shapes(module, wide, every)
+        yield wide, _shapes(module, wide, every), ""
+        # Maps that shrink to one position inside of it are taken for constants: once more, with larger ones.
+        vast = _enlarged(module, wide)
+        if vast is not wide:
+            yield vast, _shapes(module, vast, every), "narrow"
         if wide is not largest:
-            yield largest, _shapes(module, largest, every)
+            yield largest, _shapes(module, largest, every), ""
     shapes = zip(*([tensor.shape for tensor in call.tensors()] for call in calls), strict=True)
     varying = [
         [axis for axis, sizes in enumerate(zip(*own, strict=True)) if len({*sizes}) > 1] for own in shapes
     ]
     if not any(varying):
-        yield largest, None  # the batch alone
+        yield largest, None, ""  # the batch alone
         return
     carriers = wide.carriers()
     for index, own in enumerate(varying):
         if index in carriers and 0 not in own:
             own.insert(0, 0)
-    yield wide, _shapes(module, wide, varying)
+    yield wide, _shapes(module, wide, varying), ""
 
 
 def _widened(module: nn.Module, inputs: Inputs) -> Inputs:
@@ -173,6 +181,16 @@ def _widened(module: nn.Module, inputs: Inputs) -> Inputs:
                 other = next(resized(wide, index, axis, 2))
                 wide = other if runs(module, other) else wide
     return wide
+
+
+def _enlarged(module: nn.Module, inputs: Inputs) -> Inputs:
+    """Return a call with axes behind the first four times as large, wherever the module takes that."""
+    vast = inputs
+    for index, tensor in enumerate(inputs.tensors()):
+        for axis in range(1, tensor.ndim):
+            other = next(resized(vast, index, axis, 4 * tensor.shape[axis]))
+            vast = other if runs(module, other) else vast
+    return vast
 
 
 def _shapes(module: nn.Module, inputs: Inputs, axes: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -219,6 +219,26 @@ def test_sizes_of_one_are_free_as_well() -> None:
         assert_close(result.module(picture(*shape, seed=1)), model(picture(*shape, seed=1)))
 
 
+class Shrinking(nn.Module):
+    """Strided blocks that leave one position of the map they are shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        strided = [nn.Conv2d(3, 3, 3, stride=2, padding=1) for _ in range(3)]
+        self.blocks = nn.Sequential(strided[0], nn.BatchNorm2d(3), strided[1], nn.ReLU(), strided[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x) if x.sum().item() < 1e9 else x
+
+
+def test_maps_that_shrink_to_one_position_are_free_as_well() -> None:
+    model = seeded(Shrinking).double().eval()
+    result = gs.optimize_parts(model, picture(2, 3, 4, 4))
+    assert statuses(result) == {"": "not-captured", "blocks": "folded"}
+    for shape in ((2, 3, 4, 4), (1, 3, 17, 5), (3, 3, 9, 20)):
+        assert_close(result.module(picture(*shape, seed=1)), model(picture(*shape, seed=1)))
+
+
 def test_nothing_is_grafted_that_changes_nothing() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
