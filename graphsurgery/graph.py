@@ -267,14 +267,10 @@ def _share_table(source: nn.Module, memo: dict[int, nn.Module], into: nn.Module 
 
 
 def copy_graph_module(gm: fx.GraphModule, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` with a graph and attribute tables of its own; the tensors are shared.
+    """Return a copy of `gm`, of class `kind`, with a graph and attribute tables of its own and its tensors.
 
     Setting, adding and deleting attributes or nodes of the copy leaves `gm` as it is; writing into a tensor
     does not.
-
-    Args:
-        gm: A graph module.
-        kind: The class of the copy.
     """
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     values: dict[fx.Node, Any] = {}
