@@ -213,7 +213,7 @@ def test_no_runtime_for_the_dtype_is_not_passed(
     def refuse(path: Path) -> Any:
         raise RuntimeUnavailableError(f"onnxruntime cannot run {path}: no kernels")
 
-    monkeypatch.setattr("graphsurgery.export.exporter.NodeByNode", refuse)
+    monkeypatch.setattr("graphsurgery.export.proof.NodeByNode", refuse)
     module, info = copy.deepcopy(network).to(torch.bfloat16), Info((image().to(torch.bfloat16),))
     with pytest.raises(VerificationError) as caught:
         export_onnx(module, info, tmp_path / "out.onnx")
