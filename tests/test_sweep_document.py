@@ -43,7 +43,11 @@ def line(name: str, **changed: Any) -> dict[str, Any]:
 
 
 def failed(name: str, stage: str, *, named: bool) -> dict[str, Any]:
-    error = {"class": "SomeError", "named": named, "message": "no | such thing at /home/me/model.py:3"}
+    error = {
+        "class": "SomeError",
+        "named": named,
+        "message": "\x1b[96mno\x1b[0m | such thing at /home/me/model.py:3",
+    }
     made = line(name, errors={stage: error})
     for key in ("captured", "torch", "onnx", "before", "after", "seconds") if stage != "onnx" else ("onnx",):
         del made[key]

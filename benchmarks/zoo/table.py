@@ -246,6 +246,7 @@ def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text that fits a cell of a table, without the paths of one machine."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours of a terminal
     text = re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-]+)", "", text)
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
