@@ -148,7 +148,8 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     example = Inputs(tuple(info.args), dict(info.kwargs))
     notes: list[str] = []
     try:
-        with _silence():
+        # Gradients choose another kernel of attention, so other strides, between one tracing and the next.
+        with _silence(), torch.no_grad():
             program = _torch_export(module, example, info.dynamic_batch, notes)
             on_four_axes(program)
             cast_subtrahends(program)

@@ -54,3 +54,29 @@ def test_detects_that_the_exporter_takes_four_axes_only(
     result = gs.optimize(Windowed(heads=True, causal=False).eval(), torch.randn(2, 6, 5, 8), verify="off")
     with pytest.raises(ExportError, match="cannot be translated"):
         result.export_onnx(tmp_path / "attention.onnx")
+
+
+class Biased(nn.Module):
+    """As in T5: a trained bias of the positions on the scores, and the heads joined by a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.bias = nn.Embedding(9, 2)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [linear(x).view(x.shape[0], -1, 2, 4).transpose(1, 2) for linear in self.qkv]
+        places = torch.arange(5)
+        bias = self.bias(places[None] - places[:, None] + 4).permute(2, 0, 1)[None]
+        mixed = nn.functional.scaled_dot_product_attention(*parts, attn_mask=bias)
+        answer: Tensor = self.out(mixed.transpose(1, 2).contiguous().view(x.shape[0], -1, 8))
+        return answer
+
+
+def test_attention_with_a_trained_bias_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    written = gs.optimize(Biased().eval(), torch.randn(2, 5, 8)).export_onnx(tmp_path / "biased.onnx")
+    assert written.verdict is not None
+    assert written.verdict.ok
+    assert {1, 2} < set(written.verdict.batch_sizes)
