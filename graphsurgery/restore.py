@@ -8,8 +8,9 @@ configuration of a weight that has a module already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -60,24 +61,43 @@ def restore(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
+_GM = TypeVar("_GM", bound=nn.Module)
+
+
 class _Restored(fx.GraphModule):
     """A graph module that keeps, copied and pickled, what `fx.GraphModule` forgets.
 
-    That is the mode of its modules, and which buffers do not belong to the state dict.
+    That is the mode of its modules, which buffers do not belong to the state dict, and what `carry` has set.
     """
 
+    _carried: tuple[str, ...] = ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
-        return _put_right(super().__deepcopy__(memo), self.state_dict(keep_vars=True), self.training)
+        found = _put_right(super().__deepcopy__(memo), self.state_dict(keep_vars=True), self.training)
+        return carry(found, {name: copy.deepcopy(getattr(self, name), memo) for name in self._carried})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load, (*super().__reduce__(), tuple(self.state_dict(keep_vars=True)), self.training)
+        carried = {name: getattr(self, name) for name in self._carried}
+        return _load, (*super().__reduce__(), tuple(self.state_dict(keep_vars=True)), self.training, carried)
+
+
+def carry(gm: _GM, values: Mapping[str, Any]) -> _GM:
+    """Set attributes on a restored graph module that its calls do not read; copies of it have them too."""
+    for name, value in values.items():
+        setattr(gm, name, value)
+    gm._carried = tuple(values)  # type: ignore[assignment]
+    return gm
 
 
 def _load(
-    make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], saved: tuple[str, ...], training: bool
+    make: Callable[..., fx.GraphModule],
+    arguments: tuple[Any, ...],
+    saved: tuple[str, ...],
+    training: bool,
+    carried: Mapping[str, Any],
 ) -> fx.GraphModule:
     """Return what was pickled, of the class that it had: loaded, it is a plain graph module."""
-    return _put_right(copy_graph_module(make(*arguments), _Restored), saved, training)
+    return carry(_put_right(copy_graph_module(make(*arguments), _Restored), saved, training), carried)
 
 
 def _put_right(gm: fx.GraphModule, saved: Collection[str], training: bool) -> fx.GraphModule:

@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         *("capture", "restore", "verify", "export", "report"),
     },
     "partial": {
-        *("errors", "cost", "rewrite", "passes", "capture", "verify", "export", "report", "pipeline"),
+        *("errors", "cost", "rewrite", "passes", "capture", "restore", "verify", "export", "report"),
+        "pipeline",
     },
     "backend": {"calls", "capture", "graph", "passes", "pipeline", "rewrite"},
     "cli": {"errors", "report", "pipeline", "__init__", "export"},  # export: how files are put in place

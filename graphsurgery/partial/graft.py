@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphsurgery.restore import carry
+
 __all__ = ["Grafts", "is_carried"]
 
 
@@ -46,12 +48,9 @@ class Grafts:
             graft: What has its signature; it gets the plain attributes (numbers, text) of `module`.
             read: Further attributes that the model reads of it.
         """
-        for name, value in vars(module).items():
-            if name not in vars(graft) and not hasattr(type(graft), name) and _is_plain(value):
-                setattr(graft, name, value)
-        for name in read:
-            if not hasattr(graft, name) and hasattr(module, name):
-                setattr(graft, name, getattr(module, name))
+        own = {name: value for name, value in vars(module).items() if _is_plain(value)}
+        own |= {name: getattr(module, name) for name in read if hasattr(module, name)}
+        carry(graft, {name: value for name, value in own.items() if not hasattr(graft, name)})
         self._grafts[id(module)] = module, graft
 
     def use(self, modules: Iterable[nn.Module]) -> nn.Module:

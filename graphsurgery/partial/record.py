@@ -24,6 +24,9 @@ from graphsurgery.partial.calls import NotPlainError, form_of, own_copy, size, t
 __all__ = ["Recorder", "Use"]
 
 _OF_EVERY_MODULE = frozenset({*dir(nn.Module()), "_is_full_backward_hook", "_is_hf_initialized"})
+Left = dict[tuple[int, str], list[Tensor | float]]
+"""By module (its id) and attribute."""
+
 _KEPT_CALLS = 3  # of different sizes, for each module: the first, the smallest and the largest
 
 
@@ -39,6 +42,8 @@ class Use:
         writes: Whether a call wrote into one of its arguments.
         entered: A module inside of it that was called while it was not, "" if none.
         read: Names that were looked up on it, or inside of it, while it was not called.
+        written: Names that were set on it while it was called.
+        foreign: Names that were set on it, or inside of it, while it was not called.
     """
 
     calls: int = 0
@@ -48,6 +53,8 @@ class Use:
     writes: bool = False
     entered: str = ""
     read: dict[str, None] = field(default_factory=dict)
+    written: dict[str, None] = field(default_factory=dict)
+    foreign: dict[str, None] = field(default_factory=dict)
 
 
 class Recorder:
@@ -160,17 +167,54 @@ class Recorder:
                 use.read.setdefault(name)
             return plain(module, name)
 
+        store = nn.Module.__setattr__
+
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            use = uses.get(id(module))
+            if use is not None and name not in _OF_EVERY_MODULE:
+                inside = {id(caller) for caller in stack}
+                if id(module) in inside:
+                    use.written.setdefault(name)
+                for owner in (module, *self._owners[id(module)]):
+                    if id(owner) not in inside:
+                        uses[id(owner)].foreign.setdefault(name)
+            store(module, name, value)
+
         own = nn.Module.__dict__.get("__getattribute__")
+        nn.Module.__setattr__ = write  # type: ignore[method-assign,assignment]
         nn.Module.__getattribute__ = lookup  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
+            nn.Module.__setattr__ = store  # type: ignore[method-assign]
             if own is None:
                 del nn.Module.__getattribute__
             else:  # somebody else watches too
                 nn.Module.__getattribute__ = own  # type: ignore[method-assign]
 
     # -- what a run leaves behind
+
+    def left_by(self, run: Callable[[], Any]) -> tuple[Any, Left]:
+        """Run the model; return what that returned, and the values that it left where others were before."""
+        before = self._state()
+        found = run()
+        left = {
+            (key, name): _values(value)
+            for key, now in self._state().items()
+            for name, value in now.items()
+            if not _same(before[key].get(name, before), value)
+        }
+        return found, left
+
+    def refuse_unsteady(self, one: Left, other: Left) -> None:
+        """Count as changed what two first runs on different inputs left with different values.
+
+        A cache of positions is the same whatever the input. One that a first input fills is state, though the
+        second run leaves it as it is: a graph would compute it anew from every input.
+        """
+        for (key, name), values in one.items():
+            if not _equal(values, other.get((key, name), values)):
+                self.changed.setdefault(key, []).append(name)
 
     def _state(self) -> dict[int, dict[str, Any]]:
         return {id(module): dict(_attributes(module)) for module in self._modules}
@@ -238,6 +282,24 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             elif isinstance(value, Tensor):
                 value = (value, value._version)
             yield name, value
+
+
+def _values(value: Any) -> list[Tensor | float]:
+    """Copies of the tensors, and the floats, in what `_attributes` tells of an attribute."""
+    if isinstance(value, tuple):
+        return [found for item in value for found in _values(item)]
+    if isinstance(value, Tensor):
+        return [value.detach().clone()]
+    return [value] if isinstance(value, float) else []
+
+
+def _equal(one: Sequence[Tensor | float], other: Sequence[Tensor | float]) -> bool:
+    def same(a: Tensor | float, b: Tensor | float) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return isinstance(a, float) and isinstance(b, float) and (a == b or (a != a and b != b))
+
+    return len(one) == len(other) and all(map(same, one, other))
 
 
 def _same(old: Any, new: Any) -> bool:

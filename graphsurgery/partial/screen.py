@@ -90,6 +90,8 @@ class Screen:
         state = self._state(module)
         if state:
             return "keeps-state", f"a call leaves {state} behind"
+        if use.foreign:
+            return "keeps-state", f"{next(iter(use.foreign))!r} of it, or in it, is set from outside"
         if use.writes:
             return "writes-input", "it writes into one of its arguments"
         read = next((name for name in use.read if not self._can_be_read(module, name)), None)
@@ -110,6 +112,8 @@ class Screen:
         return ""
 
     def _can_be_read(self, module: nn.Module, name: str) -> bool:
+        if name in self._recorder.uses[id(module)].written:
+            return False  # each call sets it, and a graph would keep what the last one did
         return not hasattr(module, name) or is_carried(module, name)
 
 

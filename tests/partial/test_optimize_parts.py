@@ -366,3 +366,94 @@ def test_wrong_arguments_are_said_at_once(model: nn.Module) -> None:
         gs.optimize_parts(model, x[0, 0])
     with pytest.raises(gs.CaptureError, match=r"expected an nn\.Module"):
         gs.optimize_parts(torch.relu, x)  # type: ignore[arg-type]
+
+
+# -- what a module keeps or is told besides its arguments
+
+
+class Block(nn.Module):
+    """Convolution and norm; `told`, `first` and `size` are what the tests below do with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = block(3, 3)
+        self.scale, self.size = 1.0, (0, 0)
+        self.first: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x) * self.scale
+        return found
+
+
+class Caching(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = x.mean((2, 3), keepdim=True)
+        return super().forward(x - self.first)
+
+
+class Sizing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = (x.shape[2], x.shape[3])
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """A loop that depends on values, so that only the block in it can be captured."""
+
+    def __init__(self, inner: Block, *, tells: bool = False, reads: str = "") -> None:
+        super().__init__()
+        self.block, self.tells, self.reads = inner, tells, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tells:
+            self.block.scale = 1.0 / x.shape[-1]
+        y: Tensor = self.block(x)
+        while y.abs().max() > 10.0:
+            y = y / 2
+        if self.reads == "size":
+            return y * self.block.size[1]
+        return y * self.block.scale if self.reads else y
+
+
+def around(kind: type[Block] = Block, **options: Any) -> nn.Module:
+    return seeded(lambda: Around(kind(), **options)).double().eval()
+
+
+def test_what_is_set_from_outside_is_no_constant() -> None:
+    """As Swin of some packages sets `block.H, block.W` before each call."""
+    model = around(tells=True)
+    result = gs.optimize_parts(model, picture(2, 3, 8, 16))
+    assert statuses(result)["block"] == "keeps-state"
+    assert statuses(result)["block.body"] == "folded"
+    assert_close(result.module(picture(2, 3, 16, 8)), model(picture(2, 3, 16, 8)))
+
+
+def test_what_the_first_input_filled_is_no_constant() -> None:
+    model = around(Caching)
+    result = gs.optimize_parts(model, picture(2, 3, 8, 8))
+    assert statuses(result)["block"] == "keeps-state"
+    assert statuses(result)["block.body"] == "folded"
+    fresh, other = copy.deepcopy(model), copy.deepcopy(result.module)
+    for seed in (3, 4):
+        assert_close(other(picture(2, 3, 8, 8, seed=seed)), fresh(picture(2, 3, 8, 8, seed=seed)))
+
+
+def test_what_each_call_sets_and_others_read_stays() -> None:
+    model = around(Sizing, reads="size")
+    result = gs.optimize_parts(model, picture(2, 3, 8, 16))
+    assert statuses(result)["block"] in ("read", "keeps-state")
+    assert_close(result.module(picture(2, 3, 16, 8)), model(picture(2, 3, 16, 8)))
+
+
+def test_a_number_that_others_read_is_on_the_graph_and_its_copies() -> None:
+    model = around(reads="scale")
+    model.get_submodule("block").scale = 0.5  # type: ignore[assignment]
+    result = gs.optimize_parts(model, picture(2, 3, 8, 8))
+    assert statuses(result)["block"] == "folded"
+    x = picture(1, 3, 6, 9)
+    file = io.BytesIO()
+    torch.save(result.module, file)
+    file.seek(0)
+    for module in (result.module, copy.deepcopy(result.module), torch.load(file, weights_only=False)):
+        assert_close(module(x), model(x))
