@@ -47,7 +47,7 @@ def graphsurgery(
     It is for inference: call the compiled model under `torch.no_grad()` or `torch.inference_mode()`.
     Parameters and buffers are folded as they are at the first call. At every call they are compared with what
     they were, by object, storage and version counter; once one has changed, the graph runs unfolded, with a
-    warning. (What is written through `tensor.data` does not move the counter, and is not seen.)
+    warning. (What is written through `tensor.data` or `tensor.numpy()` moves no counter, and is not seen.)
 
     Args:
         gm: Dynamo's graph; parameters, buffers and inputs are its placeholders.

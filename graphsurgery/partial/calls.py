@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -102,6 +103,8 @@ def comparable(value: Any, seen: frozenset[int] = frozenset()) -> Any:
     """Return what can be compared of a result: of objects (a cache) the tensors and numbers in them."""
     if isinstance(value, (Tensor, bool, int, float, complex)) or value is None:
         return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
     if id(value) in seen:
         return None
     inside = seen | {id(value)}

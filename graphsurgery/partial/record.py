@@ -276,12 +276,17 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield own, (tensor, None if tensor is None else tensor._version)
         elif name not in _OF_EVERY_MODULE:
             if isinstance(value, (list, tuple, set, frozenset)):
-                value = (type(value), *value)
+                value = (type(value), *map(_item, value))
             elif isinstance(value, dict):
-                value = (type(value), *value, *value.values())
-            elif isinstance(value, Tensor):
-                value = (value, value._version)
-            yield name, value
+                value = (type(value), *value, *map(_item, value.values()))
+            elif hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type)):
+                value = (value, *vars(value), *map(_item, vars(value).values()))
+            yield name, _item(value)
+
+
+def _item(value: Any) -> Any:
+    """A tensor with the number of the writes into it, anything else as it is."""
+    return (value, value._version) if isinstance(value, Tensor) else value
 
 
 def _values(value: Any) -> list[Tensor | float]:

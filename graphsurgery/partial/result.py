@@ -101,10 +101,14 @@ class PartsResult:
             raise ExportError(f"the folder {target} cannot be made: {error.strerror or error}") from error
         done: dict[str, ExportResult] = {}
         problems: list[str] = []
+        names: set[str] = set()
         for part in self.folded:
             if part.result is None:
                 continue
             name = re.sub(r"[^\w.\-]", "_", part.path) or part.kind
+            while name in names:  # of paths that differ in what a file name cannot hold
+                name += "_"
+            names.add(name)
             try:
                 done[part.path] = part.result.export_onnx(target / f"{name}.onnx", verify=verify)
             except (ExportError, VerificationError) as error:

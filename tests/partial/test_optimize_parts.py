@@ -457,3 +457,21 @@ def test_a_number_that_others_read_is_on_the_graph_and_its_copies() -> None:
     file.seek(0)
     for module in (result.module, copy.deepcopy(result.module), torch.load(file, weights_only=False)):
         assert_close(module(x), model(x))
+
+
+def test_an_array_of_numpy_is_compared_like_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ToNumpy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = block(3, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.body(x).numpy()
+
+    model, x = seeded(ToNumpy).double().eval(), picture(2, 3, 8, 8)
+    result = gs.optimize_parts(model, x)
+    assert statuses(result)["body"] == "folded"
+    with torch.no_grad():
+        assert_close(torch.from_numpy(result.module(x)), torch.from_numpy(model(x)))
+    spoil_after_its_check(monkeypatch, lambda module: True)
+    assert statuses(gs.optimize_parts(model, x))["body"] == "whole-differs"

@@ -59,6 +59,31 @@ class Remembering(Inner):
         return self.last
 
 
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Counting(Inner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+
+    def forward(self, x: Any, flag: bool = False) -> Any:
+        self.counter.count += 1
+        return super().forward(x)
+
+
+class Memory(Inner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = [torch.zeros(4)]
+
+    def forward(self, x: Any, flag: bool = False) -> Any:
+        self.memory[0].add_(1)
+        return super().forward(x)
+
+
 class Collecting(Inner):
     def forward(self, x: Any, flag: bool = False) -> Any:
         self.seen.append(len(x))
@@ -123,6 +148,8 @@ def call(inner: Inner, x: Tensor) -> Any:
         (Outer(lambda m, x: m(x).value, Boxing), "not-plain", "returns a Box"),
         (Outer(call, Remembering), "keeps-state", "'last'"),
         (Outer(call, Collecting), "keeps-state", "'seen'"),
+        (Outer(call, Counting), "keeps-state", "'counter'"),
+        (Outer(call, Memory), "keeps-state", "'memory'"),
         (Outer(lambda m, x: m(x.clone()), Writing), "writes-input", "arguments"),
         (Outer(call, Training), "training", "second"),
         (Outer(lambda m, x: x), "not-called", "not called"),
