@@ -17,8 +17,8 @@ from graphsurgery.passes import FoldAffine
 from graphsurgery.rewrite.contracts import NodeRef
 
 NETWORKS = ("resnet50", "mobilenet_v3_large", "vgg11_bn", "densenet121", "vit_b_16", "convnext_tiny")
-# 90 and 130 million parameters: most of their minutes go into copies and files of weights.
-LARGE = ("vgg11_bn", "vit_b_16")
+# A minute each: 90 and 130 million parameters to copy and write, and the many nodes of DenseNet.
+LONG = ("vgg11_bn", "vit_b_16", "densenet121")
 # Norms that have no layer to fold into: in DenseNet those between a concatenation and a ReLU.
 NORMS_LEFT = {"densenet121": 62}
 
@@ -76,7 +76,7 @@ def check(name: str, size: int, path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.sweep] if name in LARGE else []) for name in NETWORKS]
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] if name in LONG else []) for name in NETWORKS]
 )
 def test_folded_exported_and_verified_at_a_small_size(name: str, tmp_path: Path) -> None:
     check(name, 64, tmp_path)

@@ -500,7 +500,7 @@ def test_optimize_verifies_exports_and_saves(scores: Any, tmp_path: Path) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = noise(1, 3, 14, 16).float()
     passes = [FullyConvolutional(scores=scores), *gs.passes.default_passes()]
-    result = gs.optimize(model, x, passes=passes, verify="each-pass")
+    result = gs.optimize(model, x, passes=passes)
     assert not result.report.failures
     assert result.report.verification is not None
     assert result.report.verification.ok

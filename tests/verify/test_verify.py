@@ -78,7 +78,7 @@ def image(seed: int = 0, rows: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "block", [*range(5), *(pytest.param(block, marks=pytest.mark.slow) for block in range(5, 20))]
+    "block", [*range(8), *(pytest.param(block, marks=pytest.mark.sweep) for block in range(8, 20))]
 )
 def test_no_false_alarm_on_correct_folds(block: int) -> None:
     for seed in range(12 * block, 12 * block + 12):
