@@ -6,6 +6,7 @@ here with float32 kernels, one node at a time, so that no more than the weights 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor
 
 from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError, VerificationError
@@ -28,6 +29,7 @@ BY_NODE_NOTE = (
 """What verdict and result say of a file in bfloat16."""
 
 _BF16 = TensorProto.BFLOAT16
+_SMALL = 2**16  # bytes; shapes and axes, which inference reads, take less, and no large weight is read
 
 
 def holds_bfloat16(path: str | os.PathLike[str]) -> bool:
@@ -36,7 +38,11 @@ def holds_bfloat16(path: str | os.PathLike[str]) -> bool:
     Raises:
         VerificationError: The file cannot be read.
     """
-    return any(kind == _BF16 for kind in _kinds(read_model(path, weights=False)).values())
+    model = read_model(path, weights=False)
+    declared = _declared(model)
+    if any(name not in declared for node in model.graph.node for name in node.output if name):
+        model = _inferred(model, Path(path), strict=False)
+    return any(kind == _BF16 for kind in _kinds(model).values())
 
 
 class NodeByNode:
@@ -52,8 +58,10 @@ class NodeByNode:
         output_names: Names of its outputs.
 
     Raises:
-        RuntimeUnavailableError: The graph holds other graphs (If, Loop) or functions.
-        VerificationError: The file cannot be read.
+        RuntimeUnavailableError: The graph holds other graphs (If, Loop) or functions, or a node of whose
+            outputs nothing says the type, so that nothing says whether they are rounded.
+        VerificationError: The file cannot be read, or the types or shapes in it contradict the operators:
+            onnxruntime refuses such a file, and nodes run one by one in float32 would hide it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -66,7 +74,15 @@ class NodeByNode:
         if nested or self._model.functions:
             what = f"the operator {nested[0]}" if nested else "functions"
             raise RuntimeUnavailableError(f"the graph holds {what}, which cannot be run node by node")
-        self._kinds = _kinds(self._model)
+        _check_names(graph, path)
+        self._kinds = _kinds(_inferred(self._model, Path(path), strict=True))
+        for node in graph.node:
+            untyped = [name for name in node.output if name and name not in self._kinds]
+            if untyped:
+                raise RuntimeUnavailableError(
+                    f"{path} does not say of which type {untyped[0]!r} is, an output of {node.op_type}; "
+                    f"a node of unknown type cannot be run by itself"
+                )
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
         self._sessions: dict[tuple[int, tuple[torch.dtype, ...]], OnnxSession] = {}
         self.output_names = tuple(value.name for value in graph.output)
@@ -134,8 +150,6 @@ class NodeByNode:
             raise RuntimeUnavailableError(f"{node.op_type} cannot be run by itself: {error}") from error
 
     def _weight(self, name: str) -> Tensor:
-        if name not in self._weights:
-            raise VerificationError(f"the graph reads {name!r}, which no node gives")
         array = numpy_helper.to_array(self._weights[name], base_dir=self._folder)
         if self._weights[name].data_type == _BF16:
             return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
@@ -146,13 +160,42 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
+def _check_names(graph: onnx.GraphProto, path: str | os.PathLike[str]) -> None:
+    given = {value.name for value in (*graph.input, *graph.initializer)}
+    for inputs, outputs in [
+        *((node.input, node.output) for node in graph.node),
+        ([value.name for value in graph.output], []),
+    ]:
+        missing = [name for name in inputs if name and name not in given]
+        if missing:
+            raise VerificationError(f"the graph of {path} reads {missing[0]!r}, which no node gives")
+        given.update(outputs)
+
+
+def _inferred(model: onnx.ModelProto, file: Path, *, strict: bool) -> onnx.ModelProto:
+    """Return a model with the types of all values, its large weights left out.
+
+    Raises:
+        VerificationError: If `strict`, types or shapes that it declares are not those that follow.
+    """
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    try:
+        for tensor in copied.graph.initializer:
+            needed = math.prod(tensor.dims)
+            if len(tensor.raw_data) > _SMALL:
+                tensor.ClearField("raw_data")  # a protobuf message ends at 2 GB
+            elif needed <= _SMALL // 8 and external_data_helper.uses_external_data(tensor):
+                external_data_helper.load_external_data_for_tensor(tensor, str(file.parent))
+        return onnx.shape_inference.infer_shapes(copied, check_type=strict, strict_mode=strict)
+    except onnx.shape_inference.InferenceError as error:
+        text = " ".join(str(error).split())[:300]
+        raise VerificationError(f"{file} is no valid ONNX model: {text}") from error
+
+
 def _kinds(model: onnx.ModelProto) -> dict[str, int]:
-    """The element types of all values, as the file declares them or as they follow."""
-    known = model
-    declared = _declared(model)
-    if any(name not in declared for node in model.graph.node for name in node.output if name):
-        known = onnx.shape_inference.infer_shapes(model)
-    kinds = _declared(known)
+    """The element types of all values, as the model declares them."""
+    kinds = _declared(model)
     kinds.update((tensor.name, tensor.data_type) for tensor in model.graph.initializer)
     return kinds
 

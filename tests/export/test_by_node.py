@@ -9,12 +9,16 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 from torch import Tensor, nn
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.export.by_node import NodeByNode, holds_bfloat16
+from graphsurgery.export.sessions import OnnxSession
 from graphsurgery.verify import Baseline
 from graphsurgery.verify.runners import OnnxVariant
+
+X = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
 
 
 class Attention(nn.Module):
@@ -84,3 +88,52 @@ def test_refuses_control_flow_and_unknown_names(tmp_path: Path) -> None:
     onnx.save(helper.make_model(helper.make_graph([node], "g", [given], value)), tmp_path / "z.onnx")
     with pytest.raises(VerificationError, match="'z', which no node gives"):
         NodeByNode(tmp_path / "z.onnx").run({"x": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+def saved(
+    path: Path, nodes: list[onnx.NodeProto], *weights: TensorProto, out: int = TensorProto.BFLOAT16
+) -> Path:
+    """A graph from `x` to `y`, of two bfloat16 numbers each."""
+    given = [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [2])]
+    found = [helper.make_tensor_value_info("y", out, None)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    graph = helper.make_graph(nodes, "g", given, found, list(weights))
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def test_operands_of_two_types_are_refused(tmp_path: Path) -> None:
+    """Widened to float32 they would run, and the file does not: onnxruntime says the same of it."""
+    weight = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    path = saved(tmp_path / "mixed.onnx", [helper.make_node("Add", ["x", "w"], ["y"])], weight)
+    with pytest.raises(
+        VerificationError, match=r"mixed\.onnx is no valid ONNX model: .*Add.* tensor\(float\)"
+    ):
+        NodeByNode(path)
+    with pytest.raises(VerificationError, match="onnxruntime cannot load"):
+        OnnxSession(path)
+
+
+def test_a_type_that_is_not_the_declared_one_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    path = saved(tmp_path / "cast.onnx", [node])
+    with pytest.raises(VerificationError, match=r"cast\.onnx is no valid ONNX model: .*Cast"):
+        NodeByNode(path)
+    assert NodeByNode(saved(path, [node], out=TensorProto.FLOAT)).run({"x": X})["y"].dtype == torch.float32
+
+
+def test_a_value_of_unknown_type_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Own", ["x"], ["t"], domain="own"), helper.make_node("Neg", ["t"], ["y"])]
+    with pytest.raises(RuntimeUnavailableError, match="of which type 't' is, an output of Own"):
+        NodeByNode(saved(tmp_path / "own.onnx", nodes))
+
+
+def test_shapes_in_a_file_of_their_own_are_read(tmp_path: Path) -> None:
+    """The type of what a Reshape gives follows only where its shape is known."""
+    weight = numpy_helper.from_array(np.array([2, 1]), "s")
+    set_external_data(weight, "data.bin")
+    path = tmp_path / "model.onnx"
+    nodes = [helper.make_node("Reshape", ["x", "s"], ["t"]), helper.make_node("Neg", ["t"], ["y"])]
+    saved(path, nodes, weight)
+    assert not onnx.load(path, load_external_data=False).graph.initializer[0].HasField("raw_data")
+    assert torch.equal(NodeByNode(path).run({"x": X})["y"], -X[:, None])

@@ -14,11 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphsurgery as gs
 from graphsurgery.errors import VerificationError
-from graphsurgery.export.guard import MOST_NODES
+from graphsurgery.export.guard import MOST_NODES, check_contents
 from graphsurgery.export.sessions import OnnxSession, latency_ms, load_model, node_counts, read_model
 
 WEIGHT = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
 OPSETS = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+NARROW = ("UINT4", "INT4", "UINT2", "INT2", "FLOAT4E2M1", "FLOAT6E2M3", "FLOAT6E3M2", "FLOAT8E4M3FN")
 READERS: dict[str, Callable[[Path], object]] = {
     "read": read_model,
     "graph": lambda path: read_model(path, weights=False),
@@ -125,6 +126,8 @@ def test_data_beside_the_model_is_read(folder: Path) -> None:
         ("none.bin", "does not exist"),
         ("", "names no file"),
         ("in\0.bin", "names no file"),
+        ("*/_ORT_MEM_ADDR_/*", "an address in memory"),
+        ("*/_ORT_NATIVE_ENDIAN_MEM_ADDR_/*", "an address in memory"),
     ],
 )
 def test_external_data_cannot_leave_its_folder(folder: Path, location: str, match: str) -> None:
@@ -176,7 +179,90 @@ def test_a_weight_that_is_not_there_or_of_no_type(folder: Path) -> None:
     refused(folder, product(TensorProto(name="w", data_type=99, dims=(64, 64))), r"no known type \(99\)")
 
 
-@pytest.mark.parametrize("place", ["attribute", "subgraph", "function", "sparse"])
+def test_an_address_in_memory_is_refused_where_a_file_of_its_name_lies(folder: Path) -> None:
+    """onnxruntime reads the offset as a pointer, whatever lies on the disk."""
+    place = folder / "*" / "_ORT_MEM_ADDR_"
+    place.mkdir(parents=True)
+    (place / "*").write_bytes(WEIGHT.tobytes())
+    refused(folder, outside(location="*/_ORT_MEM_ADDR_/*", length=WEIGHT.nbytes), "an address in memory")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "dims", "right"),
+    [
+        ("FLOAT", "float_data", [10**12], 10**12),
+        ("FLOAT", "float_data", [3, 2], 6),
+        ("FLOAT16", "int32_data", [3, 2], 6),
+        ("INT64", "int64_data", [5], 5),
+        ("COMPLEX64", "float_data", [5], 10),
+        ("COMPLEX128", "double_data", [5], 10),
+        ("INT4", "int32_data", [5], 3),
+        ("UINT2", "int32_data", [5], 2),
+        ("FLOAT6E2M3", "int32_data", [5], 5),
+        ("STRING", "string_data", [5], 5),
+    ],
+)
+def test_numbers_written_one_by_one_are_counted(
+    folder: Path, kind: str, field: str, dims: list[int], right: int
+) -> None:
+    weight = TensorProto(name="w", data_type=TensorProto.DataType.Value(kind), dims=dims)
+    for count in (1, right - 1, right + 1) if right < 100 else (1,):
+        weight.ClearField(field)  # type: ignore[arg-type]
+        getattr(weight, field).extend([b"1" if kind == "STRING" else 1] * count)
+        refused(folder, product(weight), f"takes {right:,} entries of {field}, and the file holds {count}")
+    if right < 100:
+        weight.ClearField(field)  # type: ignore[arg-type]
+        getattr(weight, field).extend([b"1" if kind == "STRING" else 1] * right)
+        check_contents(product(weight), folder / "model.onnx")
+
+
+def test_numbers_in_a_field_of_another_type_do_not_count(folder: Path) -> None:
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], double_data=[1.0] * 4)
+    refused(folder, product(weight), "takes 16 bytes, and the file holds none")
+
+
+@pytest.mark.parametrize("place", ["inside", "typed", "external", "sparse"])
+def test_a_shape_beyond_all_numbers_is_one_sentence(folder: Path, place: str) -> None:
+    """Written out, the product of these sizes has 5,600 digits: more than Python turns into text."""
+    dims = (2**62,) * 300
+    if place == "inside":
+        model = inside(dims, WEIGHT.tobytes())
+    elif place == "external":
+        model = outside(dims, location="in.bin")
+    elif place == "typed":
+        model = product(TensorProto(name="w", data_type=TensorProto.FLOAT, dims=dims, float_data=[1.0]))
+    else:
+        model = spread(dims)
+    refused(
+        folder, model, r"tensor 'w' of shape \[4611686018427387904, .*\.\.\.\] \(300 axes\) takes more than"
+    )
+
+
+def spread(dims: tuple[int, ...], count: int = 4) -> onnx.ModelProto:
+    """A product with a sparse weight of few numbers."""
+    values = numpy_helper.from_array(np.ones(count, np.float32), "w")
+    model = model_of(helper.make_node("MatMul", ["x", "w"], ["y"]))
+    index = numpy_helper.from_array(np.arange(count), "i")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, index, dims))
+    return model
+
+
+def test_sparse_tensors_that_would_fill_the_memory_are_refused(folder: Path) -> None:
+    refused(folder, spread((10**6, 10**6)), "hold 48 bytes and take 4,000,000,000,000 written out")
+    refused(folder, spread((-64, -64)), "has a negative size")
+    many = spread((64, 64))
+    for _ in range(5):  # 16 MB each
+        many.graph.sparse_initializer.append(spread((2000, 2000)).graph.sparse_initializer[0])
+    refused(folder, many, "take 80,016,384 written out")
+    path = folder / "model.onnx"
+    path.write_bytes(spread((64, 64)).SerializeToString())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros(64, 64)
+    weight[0, :4] = 1
+    torch.testing.assert_close(OnnxSession(path).run({"x": x})["y"], x @ weight)
+
+
+@pytest.mark.parametrize("place", ["attribute", "subgraph", "function", "default", "sparse"])
 def test_data_is_looked_for_wherever_a_tensor_may_be(folder: Path, place: str) -> None:
     weight = outside(location="../secret.bin").graph.initializer[0]
     constant = helper.make_node("Constant", [], ["w"], value=weight)
@@ -189,6 +275,12 @@ def test_data_is_looked_for_wherever_a_tensor_may_be(folder: Path, place: str) -
     elif place == "function":
         function = helper.make_function("own", "F", ["x"], ["y"], [constant, multiply], OPSETS)
         model = model_of(helper.make_node("F", ["x"], ["y"], domain="own"), functions=(function,))
+    elif place == "default":
+        constant.ClearField("attribute")
+        constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR, ref_attr_name="weight")
+        function = helper.make_function("own", "F", ["x"], ["y"], [constant, multiply], OPSETS)
+        function.attribute_proto.append(helper.make_attribute("weight", weight))
+        model = model_of(helper.make_node("F", ["x"], ["y"], domain="own"), functions=(function,))
     elif place == "sparse":
         index = numpy_helper.from_array(np.arange(64), "i")
         sparse = helper.make_sparse_tensor(weight, index, [64, 64])
@@ -200,7 +292,7 @@ def test_data_is_looked_for_wherever_a_tensor_may_be(folder: Path, place: str) -
 def test_numbers_of_every_width_are_measured_right(tmp_path: Path) -> None:
     """Half bytes too: right files of each type pass."""
     path = tmp_path / "model.onnx"
-    for kind in ("FLOAT16", "BFLOAT16", "DOUBLE", "INT64", "BOOL", "UINT4", "INT4", "FLOAT8E4M3FN"):
+    for kind in ("FLOAT16", "BFLOAT16", "DOUBLE", "INT64", "BOOL", *NARROW):
         for size in (0, 5, 6):
             tensor = helper.make_tensor("c", TensorProto.DataType.Value(kind), [size], [1] * size)
             raw = numpy_helper.from_array(numpy_helper.to_array(tensor), "d")
@@ -224,6 +316,8 @@ def doubling(count: int) -> onnx.ModelProto:
 def test_functions_that_grow_without_bound_are_refused(folder: Path) -> None:
     """onnxruntime would write them all out, and with a circle never end."""
     refused(folder, doubling(30), f"it has 536,870,912 nodes, more than {MOST_NODES:,}")
+    with pytest.raises(VerificationError, match=r"it has at least 1,000,\S* nodes, more than"):
+        check_contents(doubling(15_000), folder / "model.onnx")  # 4,500 digits
     call = helper.make_node("F", ["a"], ["b"], domain="own")
     circle = helper.make_function("own", "F", ["a"], ["b"], [call], OPSETS)
     start = helper.make_node("F", ["x"], ["y"], domain="own")
