@@ -190,7 +190,8 @@ def _inferred(model: onnx.ModelProto, file: Path, *, strict: bool) -> onnx.Model
         return onnx.shape_inference.infer_shapes(copied, check_type=strict, strict_mode=strict)
     except onnx.shape_inference.InferenceError as error:
         text = " ".join(str(error).split())[:300]
-        raise VerificationError(f"{file} is no valid ONNX model: {text}") from error
+        hint = "; a later opset may take the type" if "unsupported type" in text else ""
+        raise VerificationError(f"{file} is no valid ONNX model: {text}{hint}") from error
 
 
 def _kinds(model: onnx.ModelProto) -> dict[str, int]:

@@ -137,3 +137,20 @@ def test_shapes_in_a_file_of_their_own_are_read(tmp_path: Path) -> None:
     saved(path, nodes, weight)
     assert not onnx.load(path, load_external_data=False).graph.initializer[0].HasField("raw_data")
     assert torch.equal(NodeByNode(path).run({"x": X})["y"], -X[:, None])
+
+
+@pytest.mark.parametrize("opset", [20, 22])
+def test_a_type_that_the_opset_does_not_take_is_refused(tmp_path: Path, opset: int) -> None:
+    """Convolutions take bfloat16 from opset 22 on; before, onnxruntime calls the file invalid."""
+    weight = helper.make_tensor("w", TensorProto.BFLOAT16, [1, 1, 1], [2.0])
+    given, found = (helper.make_tensor_value_info(n, TensorProto.BFLOAT16, [2, 1, 3]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", [given], [found], [weight])
+    path, x = tmp_path / "conv.onnx", torch.arange(6, dtype=torch.bfloat16).reshape(2, 1, 3)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
+    if opset == 22:
+        assert torch.equal(NodeByNode(path).run({"x": x})["y"], 2 * x)
+        return
+    with pytest.raises(VerificationError, match=r"Conv.*unsupported type.*a later opset may take the type"):
+        NodeByNode(path)
+    with pytest.raises(VerificationError, match=r"Type 'tensor\(bfloat16\)'.*is invalid"):
+        OnnxSession(path)
