@@ -113,7 +113,7 @@ def is_whole(node: fx.Node) -> bool:
 def _ends(node: fx.Node) -> tuple[Any, Any, Any]:
     """Axis, start and end of a slice."""
     given = node.args[1:4]
-    return (*given, *(0, None, None)[len(given) :])  # type: ignore[return-value]
+    return (*given, *(0, None, None)[len(given) :])  # type: ignore[return-value]  # three in all
 
 
 def _at_least(value: Any, least: int) -> bool:

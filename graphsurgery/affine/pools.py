@@ -23,13 +23,13 @@ def pooled(node: fx.Node) -> fx.Node | None:
         return node.args[0]  # type: ignore[return-value]  # a pool reads a value
     call = node.args[0] if op_name(node) == "getitem" and node.args[1] == 0 else None
     if isinstance(call, fx.Node) and op_name(call).startswith("adaptive_max_pool"):
-        return call.args[0]  # type: ignore[return-value]
+        return call.args[0]  # type: ignore[return-value]  # a pool reads a value
     return None
 
 
 def pool_call(node: fx.Node) -> fx.Node:
     """The call that makes the value of a pool: the value itself, but for a maximum pool."""
-    return node.args[0] if op_name(node) == "getitem" else node  # type: ignore[return-value]
+    return node.args[0] if op_name(node) == "getitem" else node  # type: ignore[return-value]  # of a call
 
 
 def _to_one(node: fx.Node) -> bool:

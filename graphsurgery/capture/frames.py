@@ -47,6 +47,7 @@ def helper_frames() -> Iterator[None]:
             ]
         )
 
+    # torch.export takes no filter of the caller's, so its own is exchanged for the time of a capture.
     TracerBase._filter_traceback_frames = wider  # type: ignore[assignment, method-assign]
     try:
         yield

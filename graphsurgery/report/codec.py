@@ -8,15 +8,28 @@ X]` and unions with None. Floats that JSON does not know are written as the stri
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union
 
-__all__ = ["from_plain", "to_plain"]
+__all__ = ["from_plain", "parsed", "to_plain"]
 
 T = TypeVar("T")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def parsed(text: str | bytes) -> Any:
+    """Return what a report's text holds as plain JSON values.
+
+    Raises:
+        ValueError: The text is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is no report: not JSON ({error})") from error
 
 
 def to_plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graphsurgery.report.codec import from_plain, to_plain
+from graphsurgery.report.codec import from_plain, parsed, to_plain
 from graphsurgery.rewrite.contracts import Change, Refusal
 from graphsurgery.rewrite.records import PassFailure
 from graphsurgery.verify.verdict import Verdict
@@ -163,10 +163,7 @@ class Report:
             ValueError: The text is no JSON, of another schema version, or a field is missing, unknown or of
                 the wrong type.
         """
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"this is no report: not JSON ({error})") from error
+        value = parsed(text)
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(f"expected a report of schema version {SCHEMA_VERSION}, got version {version!r}")

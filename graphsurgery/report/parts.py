@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graphsurgery.report.codec import from_plain, to_plain
+from graphsurgery.report.codec import from_plain, parsed, to_plain
 from graphsurgery.report.model import Report
 from graphsurgery.verify.verdict import Verdict
 
@@ -100,10 +100,7 @@ class PartsReport:
             ValueError: The text is no JSON, of another schema version, or a field is missing, unknown or of
                 the wrong type.
         """
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"this is no report: not JSON ({error})") from error
+        value = parsed(text)
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version != PARTS_SCHEMA_VERSION or "parts" not in value:
             raise ValueError(

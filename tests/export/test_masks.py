@@ -50,6 +50,7 @@ def test_rows_that_a_mask_hides_are_zero_in_the_file(constant: bool, tmp_path: P
     for optimised in (False, True):
         session = OnnxSession(file, optimised=optimised)
         (found,) = session.run(dict(zip(session.input_names, inputs, strict=False))).values()
+        # float32 on another runtime; the exporter's mean in place of zeros is off by tenths
         torch.testing.assert_close(found, model(*inputs), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[1, 0], model.out.bias)  # type: ignore[arg-type, union-attr]
 

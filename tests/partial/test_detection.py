@@ -106,6 +106,7 @@ def assert_same_detections(model: nn.Module, other: nn.Module, images: list[Tens
     for a, b in zip(expected, found, strict=True):
         assert len(a["boxes"]) > 0
         assert torch.equal(a["labels"], b["labels"])
+        # float64, through some hundred layers; boxes are in pixels
         torch.testing.assert_close(b["scores"], a["scores"], rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(b["boxes"], a["boxes"], rtol=1e-8, atol=1e-6)
 
