@@ -64,6 +64,10 @@ DataLimit = Annotated[
     int | None,
     typer.Option("--data-limit", metavar="N", min=1, help="Run at most N samples of the data."),
 ]
+Opset = Annotated[
+    int | None,
+    typer.Option("--opset", metavar="N", help="Opset of the ONNX file, 18 or later (20, or as needed)."),
+]
 RUNTIMES = ", ".join(gs.RUNTIMES)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
@@ -154,6 +158,7 @@ def optimize(
     ] = VerifyMode.FINAL,
     data: Data = None,
     data_limit: DataLimit = None,
+    opset: Opset = None,
     in_parts: Annotated[
         bool,
         typer.Option(
@@ -174,6 +179,7 @@ def optimize(
         tuple(options or ()),
         data,
         data_limit,
+        opset,
     )
     outcome = parts.optimize_parts(request, ERR) if in_parts else run.optimize(request, ERR)
     if as_json:
@@ -254,10 +260,11 @@ def split_head(
             help="Logits from the head itself, or from the class-specific features.",
         ),
     ] = True,
+    opset: Opset = None,
     as_json: Json = False,
 ) -> int:
     """Split the features of MODEL's head into those that reach the logits and those that cannot."""
-    found = run.split_head(model, list(inputs or ()), head, keep_head, output, ERR)
+    found = run.split_head(model, list(inputs or ()), head, keep_head, output, ERR, opset=opset)
     if as_json:
         typer.echo(found.report.to_json())
     else:

@@ -5,14 +5,32 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from graphsurgery import Pass
+import graphsurgery as gs
+from graphsurgery import Pass, export
 from graphsurgery.cli.errors import UsageError, nearest
 
-__all__ = ["with_options"]
+__all__ = ["check_opset", "with_options"]
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def check_opset(opset: int | None, output: Path | None) -> None:
+    """See that an opset can be written, before any work is done.
+
+    Raises:
+        UsageError: It cannot, or no ONNX file is asked for.
+    """
+    if opset is None:
+        return
+    if output is None:
+        raise UsageError("--opset says what an ONNX file is written in; name the file by -o.")
+    try:
+        export.check_opset(opset)
+    except gs.ExportError as error:
+        raise UsageError(f"--opset: {error}.") from error
 
 
 def with_options(passes: Iterable[Pass], given: Iterable[str]) -> tuple[Pass, ...]:

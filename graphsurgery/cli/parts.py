@@ -13,7 +13,7 @@ import graphsurgery as gs
 from graphsurgery.cli.errors import UsageError
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import load_model, reject_non_finite
-from graphsurgery.cli.options import with_options
+from graphsurgery.cli.options import check_opset, with_options
 from graphsurgery.cli.outputs import check_writable
 from graphsurgery.cli.progress import progress
 from graphsurgery.cli.run import Request
@@ -48,6 +48,7 @@ def optimize_parts(request: Request, console: Console) -> PartsOutcome:
     if request.passes is not None or request.options:
         passes = with_options(gs.passes.select(request.passes), request.options)
     _check(request)
+    check_opset(request.opset, request.output)
     loaded = load_model(request.model)
     if not isinstance(loaded.model, nn.Module):
         raise UsageError(f"{request.model} is captured whole already; leave out --parts.")
@@ -61,7 +62,7 @@ def optimize_parts(request: Request, console: Console) -> PartsOutcome:
         written: list[Path] = []
         if request.output is not None:
             on_event(gs.Event("stage-start", "export to ONNX and run", 0, 1))
-            done = result.export_onnx(request.output, verify=request.verify != "off")
+            done = result.export_onnx(request.output, verify=request.verify != "off", opset=request.opset)
             written = [Path(made.path) for made in done.values()]
         if request.report is not None:
             text = result.report.to_json()

@@ -17,7 +17,7 @@ from graphsurgery.cli.data import read_data
 from graphsurgery.cli.errors import UsageError, first_line, nearest
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
-from graphsurgery.cli.options import with_options
+from graphsurgery.cli.options import check_opset, with_options
 from graphsurgery.cli.outputs import check_writable, staged_model
 from graphsurgery.cli.progress import progress
 from graphsurgery.export.files import staged
@@ -51,6 +51,7 @@ class Request:
         options: The `--option` options.
         data: The user's own data, an `.npz` file or a folder of `.npy` files.
         data_limit: How many samples of it are run at most.
+        opset: Opset of the ONNX file; None leaves it to the export.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Request:
     options: tuple[str, ...] = ()
     data: Path | None = None
     data_limit: int | None = None
+    opset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def optimize(request: Request, console: Console) -> Outcome:
     passes = with_options(gs.passes.select(request.passes), request.options)
     outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
     check_writable(outputs)
+    check_opset(request.opset, request.output)
     loaded, inputs = _load(request.model, list(request.inputs))
     if request.data is not None and request.verify == "off":
         raise UsageError("--data is for the verification, which --verify off leaves out; leave out one.")
@@ -116,7 +119,7 @@ def optimize(request: Request, console: Console) -> Outcome:
             if request.output is not None:
                 on_event(gs.Event("stage-start", "export to ONNX, run and measure", 0, 1))
                 model = files.enter_context(staged_model(request.output))
-                result.export_onnx(model, verify=request.verify != "off", measure=True)
+                result.export_onnx(model, verify=request.verify != "off", measure=True, opset=request.opset)
                 if result.report.onnx is not None:
                     onnx = dataclasses.replace(result.report.onnx, path=str(request.output))
                     result.report = dataclasses.replace(result.report, onnx=onnx)
@@ -127,7 +130,14 @@ def optimize(request: Request, console: Console) -> Outcome:
 
 
 def split_head(
-    model: str, inputs: list[str], head: str | None, keep_head: bool, output: Path | None, console: Console
+    model: str,
+    inputs: list[str],
+    head: str | None,
+    keep_head: bool,
+    output: Path | None,
+    console: Console,
+    *,
+    opset: int | None = None,
 ) -> Outcome:
     """Split the head of a model, verify the result, and write it.
 
@@ -136,13 +146,14 @@ def split_head(
         GraphSurgeryError: As raised by `gs.split_head` and the export.
     """
     check_writable({"-o": output})
+    check_opset(opset, output)
     loaded, examples = _load(model, inputs)
     with console.status("splitting") if console.is_terminal else ExitStack():
         result = gs.split_head(loaded.model, examples, head=head, keep_head=keep_head)
         if output is None:
             return Outcome(result.report, True, ())
         with staged_model(output) as file:
-            result.export_onnx(file)
+            result.export_onnx(file, opset=opset)
     if result.report.onnx is not None:
         onnx = dataclasses.replace(result.report.onnx, path=str(output))
         result.report = dataclasses.replace(result.report, onnx=onnx)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from graphsurgery.export.exporter import OPSET, ExportInfo, ExportResult, export_onnx, free_call
+from graphsurgery.export.exporter import ExportInfo, ExportResult, export_onnx, free_call
+from graphsurgery.export.opset import OPSET, check_opset
 from graphsurgery.export.sessions import OnnxSession, input_shapes, latency_ms, load_model, node_counts
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ExportInfo",
     "ExportResult",
     "OnnxSession",
+    "check_opset",
     "export_onnx",
     "free_call",
     "input_shapes",

@@ -24,21 +24,14 @@ from graphsurgery.export.by_node import BY_NODE_NOTE
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
+from graphsurgery.export.opset import OPSET, OPSET_BFLOAT16, check_opset, declines_bfloat16
 from graphsurgery.export.proof import baseline_of, compare_file, input_names
 from graphsurgery.export.sessions import load_model
 from graphsurgery.export.subtraction import cast_subtrahends
 from graphsurgery.values import EXAMPLE_SHAPE
 from graphsurgery.verify import Baseline, Inputs, Verdict
 
-__all__ = ["OPSET", "ExportInfo", "ExportResult", "export_onnx", "free_call"]
-
-OPSET = 20
-"""Opset of the files.
-
-The least one in which every layer that passes leave whole is one node (LayerNormalization came with 17, Gelu
-and GridSample in three dimensions with 20), and what torch's exporter emits by itself: another number would
-send the graph through onnx's version converter, which knows fewer operators than the exporter.
-"""
+__all__ = ["ExportInfo", "ExportResult", "export_onnx", "free_call"]
 
 _LARGEST_FILE = 2**31 - 2**20
 """Protobuf ends at 2 GB; a megabyte is left for the graph itself."""
@@ -94,7 +87,7 @@ def export_onnx(
     verify: bool = True,
     baseline: Baseline | None = None,
     external_data: bool | None = None,
-    opset: int = OPSET,
+    opset: int | None = None,
 ) -> ExportResult:
     """Write `module` as an ONNX file that was checked, run on onnxruntime and compared; or write nothing.
 
@@ -108,15 +101,20 @@ def export_onnx(
         verify: Whether to compare. Without it `verdict` is None, which is not "passed".
         baseline: The reference's runs, where the caller has them already; saves running it again.
         external_data: Whether weights go to a file of their own beside it; None does so above 2 GB only.
-        opset: Version of the default operator set.
+        opset: Version of the default operator set, 18 or later; None takes 20, or 22 where an operator of the
+            graph takes bfloat16 only from there on.
 
     Raises:
-        ExportError: The model cannot be translated, or the file cannot be written.
+        ExportError: The model cannot be translated, not into that opset, or the file cannot be written.
         VerificationError: onnx's checker declines the file, or its results differ. Nothing is left behind.
     """
     target = Path(path)
+    if opset is not None:
+        check_opset(opset)
     with staging(target) as folder:
-        model, notes = _translate(module, info, opset)
+        model, notes = _translate(module, info, opset or OPSET)
+        if opset is None and declines_bfloat16(model, OPSET):
+            model, notes = _translate(module, info, OPSET_BFLOAT16)
         size = sum(
             value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
         )
@@ -133,7 +131,7 @@ def export_onnx(
     return ExportResult(
         path=str(target),
         size_bytes=size_bytes,
-        opset=int(model.opset_imports.get("", opset)),
+        opset=_opset(model),
         verdict=verdicts[-1] if verdicts else None,
         external_data=external,
         verdicts=verdicts,
@@ -171,6 +169,11 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
             f"{type(module).__name__} cannot be translated to ONNX: the exporter returned nothing"
         )
     model: onnx_ir.Model = found.model
+    if _opset(model) != opset:
+        raise ExportError(
+            f"{type(module).__name__} cannot be written in opset {opset}: the version converter, which torch's "
+            f"exporter asks for it, left it at {_opset(model)}; take another opset, or none"
+        )
     # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
     hide_rows(model)
     NameFixPass()(model)
@@ -178,6 +181,10 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
     return model, notes
+
+
+def _opset(model: onnx_ir.Model) -> int:
+    return int(model.opset_imports[""])
 
 
 def _reason(error: BaseException) -> str:

@@ -76,7 +76,9 @@ class PartsResult:
         """The weakest comparison of the whole with the original; None where nothing was compared."""
         return min(self.report.checks, key=lambda check: (check.ok, check.decided), default=None)
 
-    def export_onnx(self, folder: str | os.PathLike[str], *, verify: bool = True) -> dict[str, ExportResult]:
+    def export_onnx(
+        self, folder: str | os.PathLike[str], *, verify: bool = True, opset: int | None = None
+    ) -> dict[str, ExportResult]:
         """Write each folded part as an ONNX file, `backbone.onnx`, run on onnxruntime and compared.
 
         The model as a whole has no graph, and so no ONNX file.
@@ -84,6 +86,7 @@ class PartsResult:
         Args:
             folder: Where the files go; it is made if need be.
             verify: Whether to compare.
+            opset: As for `OptimizeResult.export_onnx`.
 
         Returns:
             What was written, by the path of the part.
@@ -110,7 +113,7 @@ class PartsResult:
                 name += "_"
             names.add(name)
             try:
-                done[part.path] = part.result.export_onnx(target / f"{name}.onnx", verify=verify)
+                done[part.path] = part.result.export_onnx(target / f"{name}.onnx", verify=verify, opset=opset)
             except (ExportError, VerificationError) as error:
                 problems.append(f"{part.path or part.kind} was not written as ONNX: {error}")
         if not done:

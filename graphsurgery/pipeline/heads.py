@@ -163,18 +163,21 @@ class SplitHeadResult:
     report: Report
     _result: OptimizeResult = field(repr=False)
 
-    def export_onnx(self, path: str | os.PathLike[str], *, verify: bool = True) -> ExportResult:
+    def export_onnx(
+        self, path: str | os.PathLike[str], *, verify: bool = True, opset: int | None = None
+    ) -> ExportResult:
         """Write the module as an ONNX file whose outputs on onnxruntime were compared with the original's.
 
         Args:
             path: The file; nothing is left there when it cannot be written or differs.
             verify: Whether to compare. The parts are compared with `f' Q` of the features of the original.
+            opset: As for `OptimizeResult.export_onnx`.
 
         Raises:
             ExportError: It cannot be translated, or the file not written.
             VerificationError: What onnxruntime computes differs.
         """
-        done = self._result.export_onnx(path, verify=verify)
+        done = self._result.export_onnx(path, verify=verify, opset=opset)
         self.report = self._result.report
         return done
 

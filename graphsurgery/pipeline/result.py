@@ -57,6 +57,7 @@ class OptimizeResult:
         verify: bool = True,
         measure: bool = False,
         external_data: bool | None = None,
+        opset: int | None = None,
     ) -> ExportResult:
         """Write the result as an ONNX file that was run on onnxruntime and compared with the original model.
 
@@ -66,6 +67,8 @@ class OptimizeResult:
             measure: Whether to write the original too (to a temporary file), and put size and latency of both
                 into the report. What cannot be measured is said in a note there and is no error.
             external_data: Whether weights go to a file of their own beside it; None does so above 2 GB only.
+            opset: Version of the default operator set, 18 or later; None takes 20, or 22 where an operator of
+                the graph takes bfloat16 only from there on.
 
         Raises:
             ExportError: The result cannot be translated, or the file not written.
@@ -80,22 +83,24 @@ class OptimizeResult:
             verify=verify,
             baseline=baseline,
             external_data=external_data,
+            opset=opset,
         )
         record = OnnxFile(done.path, done.size_bytes, done.opset, done.external_data, done.verdict)
         after = replace(self.report.after, size_bytes=done.size_bytes)
         seconds = {**self.report.seconds, "export": time.perf_counter() - start}
         self.report = replace(self.report, onnx=record, after=after, seconds=seconds)
         if measure:
-            self._measure(done.path)
+            self._measure(done.path, done.opset)
         return done
 
-    def _measure(self, path: str) -> None:
+    def _measure(self, path: str, opset: int) -> None:
         """Put size and latency of the original's and the result's ONNX file into the report, or why not."""
         start = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / "original.onnx"
-                original = export_onnx(restore(self._proof.captured), self._proof.info, copy, verify=False)
+                module = restore(self._proof.captured)
+                original = export_onnx(module, self._proof.info, copy, verify=False, opset=opset)
                 before, after = latency_ms([original.path, path], self._proof.example.tensors())
         except Exception as error:  # noqa: BLE001 - the file is good whatever keeps it from being timed
             note = f"size and latency were not compared with the original's: {error or type(error).__name__}"

@@ -11,7 +11,8 @@ from torch import Tensor
 from graphsurgery.errors import VerificationError
 from graphsurgery.verify.data import Data, data_limit_for
 from graphsurgery.verify.inputs import Batch, Inputs
-from graphsurgery.verify.runners import Outputs, Runner
+from graphsurgery.verify.outputs import Outputs
+from graphsurgery.verify.runners import Runner
 from graphsurgery.verify.sizes import SizeAxes, size_runs
 
 __all__ = ["Extra"]

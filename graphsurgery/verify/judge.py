@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError
+from graphsurgery.verify.outputs import Outputs
 from graphsurgery.verify.runners import (
     CompiledRunner,
     OnnxRunner,
     OnnxVariant,
-    Outputs,
     Runner,
     TorchRunner,
 )

@@ -15,7 +15,8 @@ from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.precision import Float64Mode, Nudger, state_of, to_float64
 
 if TYPE_CHECKING:
-    from graphsurgery.verify.runners import Outputs, Runner
+    from graphsurgery.verify.outputs import Outputs
+    from graphsurgery.verify.runners import Runner
 
 __all__ = ["LARGE_BYTES", "LargeRunner", "TurnedMode", "is_large"]
 

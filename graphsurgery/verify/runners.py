@@ -14,11 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.large import LargeRunner, is_large
+from graphsurgery.verify.outputs import Outputs, flatten_outputs, structure_text
 from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
@@ -36,12 +36,8 @@ __all__ = [
     "OnnxVariant",
     "Runner",
     "TorchRunner",
-    "flatten_outputs",
     "runner_for",
-    "structure_text",
 ]
-
-Outputs = dict[str, Tensor]
 
 
 @runtime_checkable
@@ -223,52 +219,6 @@ def _returned(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None
         return functional_call(module, state, own.args, dict(own.kwargs or {}))
 
 
-def flatten_outputs(found: Any) -> Outputs:
-    """Return the tensors of a nested output by name, in order, on the CPU.
-
-    A lone tensor is called "output"; others by their path ("logits", "0", "features.1"). None is left out,
-    plain numbers become tensors without dimensions.
-
-    Raises:
-        VerificationError: A leaf is neither a tensor nor a number.
-    """
-    outputs: Outputs = {}
-    for path, leaf in pytree.tree_flatten_with_path(found)[0]:
-        name = ".".join(_key_text(key) for key in path) or "output"
-        if leaf is None:
-            continue
-        if isinstance(leaf, bool | int | float | complex):
-            leaf = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
-        if not isinstance(leaf, Tensor):
-            raise VerificationError(
-                f"output {name!r} is a {type(leaf).__name__}; verify compares tensors and numbers in tuples, "
-                "lists, dictionaries and classes that torch.utils._pytree knows"
-            )
-        outputs[name] = leaf.detach().to("cpu")
-    return outputs
-
-
-def structure_text(found: Any) -> str:
-    """Return a nested output in words: containers by class and key, None, and "value" for all else.
-
-    The lists and dictionaries of a `torch.fx` graph count as plain ones.
-    """
-    level = pytree.tree_flatten_with_path(found, is_leaf=lambda part: part is not found)[0]
-    if len(level) == 1 and not level[0][0]:
-        return "None" if found is None else "value"
-    kind = type(found).__name__.removeprefix("immutable_")
-    keyed = not isinstance(found, list) and type(found) is not tuple
-    parts = [f"{_key_text(path[0])}: " * keyed + structure_text(part) for path, part in level]
-    return f"{kind}({', '.join(parts)})"
-
-
-def _key_text(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
 class OnnxRunner:
     """An ONNX file on onnxruntime.
 
@@ -320,13 +270,21 @@ class OnnxRunner:
 
     def float64(self) -> Runner | None:
         """Return a float64 runner of the graph, where it is small enough for the ONNX reference evaluator."""
-        from graphsurgery.export.evaluator import Evaluator
-
         try:
-            evaluator = Evaluator.of_file(self.path, double=True)
+            return self.evaluated(double=True)
         except RuntimeUnavailableError:
             return None
-        return OnnxVariant(f"{self.name} in float64", evaluator, self._names)
+
+    def evaluated(self, *, double: bool) -> OnnxVariant:
+        """Return a runner on the ONNX reference evaluator: in float64, or in its own dtypes by formula.
+
+        Raises:
+            RuntimeUnavailableError: The graph is too large for that, or uses what it does not know.
+        """
+        from graphsurgery.export.evaluator import Evaluator
+
+        evaluator = Evaluator.of_file(self.path, double=double, by_formula=not double)
+        return OnnxVariant(f"{self.name} in float64" if double else self.name, evaluator, self._names)
 
     def nudged(self, seed: int, ulps: float) -> Runner | None:
         """Return a runner of the graph with every float constant moved by `ulps` units; None above 2 GB."""

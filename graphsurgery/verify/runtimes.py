@@ -11,7 +11,8 @@ from torch import nn
 from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError, VerificationError
 from graphsurgery.verify.baseline import Baseline
 from graphsurgery.verify.inputs import Inputs
-from graphsurgery.verify.runners import CompiledRunner, OnnxRunner, OnnxVariant, Outputs, Runner, TorchRunner
+from graphsurgery.verify.outputs import Outputs
+from graphsurgery.verify.runners import CompiledRunner, OnnxRunner, OnnxVariant, Runner, TorchRunner
 from graphsurgery.verify.verdict import RuntimesVerdict, RuntimeVerdict, Verdict
 
 __all__ = ["RUNTIMES", "check_names", "program_of", "runtime_runner", "verdict_on"]

@@ -121,6 +121,15 @@ def test_optimize_writes_what_was_asked_for(models: str, capsys: pytest.CaptureF
     assert run("verify", f"{models}:net", "n.pt2", *INPUT) == 0
 
 
+def test_the_opset_is_that_asked_for(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("optimize", f"{models}:with_inputs", "-o", "out.onnx", "--opset", "18", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["onnx"]["opset"] == 18
+    assert run("optimize", f"{models}:with_inputs", "-o", "out.onnx", "--opset", "99") == 2
+    assert "expected a number from 18" in capsys.readouterr().err
+    assert run("split-head", f"{models}:with_inputs", "--opset", "20") == 2
+    assert "name the file by -o" in capsys.readouterr().err
+
+
 def test_optimize_takes_its_own_output(models: str) -> None:
     assert run("optimize", f"{models}:net", *INPUT, "--save", "n.pt2") == 0
     assert run("optimize", "n.pt2", "-o", "again.onnx") == 0
