@@ -171,7 +171,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     model: onnx_ir.Model = found.model
     if _opset(model) != opset:
         raise ExportError(
-            f"{type(module).__name__} cannot be written in opset {opset}: the version converter, which torch's "
+            f"{type(module).__name__} cannot be written in opset {opset}: the version converter that torch's "
             f"exporter asks for it, left it at {_opset(model)}; take another opset, or none"
         )
     # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
