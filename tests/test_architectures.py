@@ -18,7 +18,7 @@ from graphsurgery.rewrite.contracts import NodeRef
 
 NETWORKS = ("resnet50", "mobilenet_v3_large", "vgg11_bn", "densenet121", "vit_b_16", "convnext_tiny")
 # A minute each: 90 and 130 million parameters to copy and write, and the many nodes of DenseNet.
-LONG = ("vgg11_bn", "vit_b_16", "densenet121")
+LONG = ("vgg11_bn", "vit_b_16", "densenet121", "convnext_tiny")
 # Norms that have no layer to fold into: in DenseNet those between a concatenation and a ReLU.
 NORMS_LEFT = {"densenet121": 62}
 

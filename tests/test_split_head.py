@@ -103,7 +103,7 @@ def test_resnet18_through_r(tmp_path: Path) -> None:
         assert torch.equal(module.get_submodule("fc_logits")(found["class_features"]), found["logits"])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_fcn_resnet50_per_pixel(tmp_path: Path) -> None:
     model = network("fcn_resnet50", num_classes=21, aux_loss=True)
     x = pictures(2, 48, seed=2)

@@ -163,7 +163,7 @@ def run_folds(examples: int) -> Found:
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    return run_folds(200)
+    return run_folds(120)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def found_in_many() -> Found:
 
 
 def check_reach(seen: Counter[str]) -> None:
-    """The search means something only if it folds. Found: 0.545 of 200, all with a free batch."""
+    """The search means something only if it folds. Found: 0.545 of the first 200, all with a free batch."""
     assert seen["folded"] >= 0.45 * seen["networks"], seen
     assert seen["any batch"] >= 0.95 * seen["networks"], seen
     assert seen["outputs"] >= 1.1 * seen["networks"], seen
@@ -264,8 +264,8 @@ def run_wrong_coefficients(examples: int) -> Counter[str]:
 
 @pytest.mark.slow
 def test_one_wrong_coefficient_in_a_folded_graph_is_caught() -> None:
-    seen = run_wrong_coefficients(100)
-    assert seen["caught"] >= 50, seen
+    seen = run_wrong_coefficients(60)
+    assert seen["caught"] >= 30, seen
     assert seen["without effect"] <= 0.1 * seen["caught"], seen
 
 
@@ -295,7 +295,7 @@ def test_one_wrong_coefficient_never_passes_the_certificate(monkeypatch: pytest.
 
     monkeypatch.setattr(write, "fill", wrong)
 
-    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(SEEDS, SIZES)
     def every_network(seed: int, size: int) -> None:
         case = case_of(seed, size)
@@ -309,4 +309,4 @@ def test_one_wrong_coefficient_never_passes_the_certificate(monkeypatch: pytest.
         assert case.deviation(result.graph_module) <= LIMIT
 
     every_network()
-    assert seen["wrong"] >= 50, seen
+    assert seen["wrong"] >= 30, seen

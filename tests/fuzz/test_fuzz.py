@@ -17,8 +17,10 @@ from fuzz.program import Input, Network, Op, Program
 from fuzz.run import Summary, run, told
 from fuzz.shrink import shrunk
 
-SEEDS = range(150)  # what about 90 s allow, most of them for torch.export; `make fuzz` runs as many as wanted
-PARTS = 5
+SEEDS = range(
+    300
+)  # about three minutes of one core, most of them for torch.export; `make fuzz` runs as many as wanted
+PARTS = 10
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -65,6 +65,7 @@ LINEAR = [
             *(56, 3),
         ),
         id="swin",
+        marks=pytest.mark.sweep,
     ),
     pytest.param(
         Network(lambda: MlpMixer(10, 32, patch_size=8, num_blocks=2, embed_dim=32), 32, 2), id="mixer"
@@ -87,6 +88,7 @@ CONV = [
             *(64, 5),
         ),
         id="poolformer",
+        marks=pytest.mark.sweep,
     ),
     pytest.param(Network(network_in_network, 32, 3), id="network-in-network"),
     pytest.param(Network(torchvision.models.resnet50, 224, 16), id="resnet50", marks=FULL),

@@ -494,7 +494,7 @@ def test_it_runs_by_name_only() -> None:
     assert NAME not in [item.name for item in gs.passes.default_passes()]
 
 
-@pytest.mark.parametrize("scores", ["map", "mean"])
+@pytest.mark.parametrize("scores", ["map", pytest.param("mean", marks=pytest.mark.sweep)])
 def test_optimize_verifies_exports_and_saves(scores: Any, tmp_path: Path) -> None:
     model = seeded(lambda: Classifier(mlp()))
     before = {name: value.clone() for name, value in model.state_dict().items()}

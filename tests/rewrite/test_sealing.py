@@ -75,8 +75,14 @@ class Careless(FoldAffine):
         return PassResult(result.graph_module, changes, result.refusals)
 
 
-@pytest.mark.parametrize("verify", ["final", "each-pass"])
-@pytest.mark.parametrize("wrong", [("layers.6",), ("layers.0", "layers.15")])
+@pytest.mark.parametrize(
+    ("verify", "wrong"),
+    [
+        ("final", ("layers.6",)),
+        ("final", ("layers.0", "layers.15")),
+        ("each-pass", ("layers.0", "layers.15")),
+    ],
+)
 def test_the_wrong_folds_alone_are_undone(
     deep: nn.Module, picture: Tensor, wrong: tuple[str, ...], verify: str
 ) -> None:
