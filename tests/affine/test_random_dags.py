@@ -201,7 +201,7 @@ def test_programs_reach_what_they_are_meant_to_reach() -> None:
 
 @pytest.mark.slow
 def test_random_dags_keep_their_function_and_never_cost_more(found: Found) -> None:
-    assert found.seen["networks"] >= 150
+    assert found.seen["networks"] >= 120
     check_reach(found.seen)
 
 
