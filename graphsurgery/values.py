@@ -63,6 +63,8 @@ class Sizes:
         batch: symbols that lead an input tensor (axis 0); a dynamic batch.
         others: all other symbols, with the size they have in the example.
         primes: each prime in use and the expression that it stands for.
+        known: those primes whose expression the ranges of its symbols leave but one number:
+            `(s - 1) // 512 + 1` for an `s` up to 512.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -70,6 +72,7 @@ class Sizes:
         batch: dict[sympy.Symbol, None] = {}
         others: dict[sympy.Symbol, int] = {}
         expressions: dict[sympy.Expr, None] = {}
+        single: dict[sympy.Expr, int] = {}
         for node in graph.nodes:
             if not is_tensor(node):
                 continue
@@ -78,6 +81,10 @@ class Sizes:
                 if isinstance(size, int):
                     continue
                 expressions[size.node.expr] = None
+                env = size.node.shape_env
+                bounds = env.bound_sympy(size.node.expr) if env is not None else None
+                if bounds is not None and bounds.is_singleton():
+                    single[size.node.expr] = int(bounds.lower)
                 for symbol in symbols_of(size):
                     if node.op == "placeholder" and axis == 0:
                         others.pop(symbol, None)
@@ -90,6 +97,7 @@ class Sizes:
         tokens.update((factor, None) for expr in expressions for factor in _factors(expr)[1])
         self._prime_of: dict[sympy.Expr, int] = dict(zip(tokens, _primes(len(tokens)), strict=True))
         self.primes = {prime: expr for expr, prime in self._prime_of.items()}
+        self.known = {self._prime_of[expr]: size for expr, size in single.items() if expr in self._prime_of}
 
     def per_sample(self, size: int | torch.SymInt) -> int:
         """A size with every batch symbol taken as 1 and every other at the example's size.
@@ -109,6 +117,10 @@ class Sizes:
         if any(factor not in self._prime_of for factor in factors):
             raise KeyError(f"size {expr} is not a size of the graph that was read")
         return prod((number, *(self._prime_of[factor] for factor in factors)))
+
+    def same(self, size: int, other: int | torch.SymInt) -> bool:
+        """Whether a size written with primes is that size; torch writes one that is `known` either way."""
+        return size == self.prime(other) or (isinstance(other, int) and self.known.get(size) == other)
 
     def at(self, size: int | torch.SymInt, batch: int) -> int:
         """A size with every batch symbol taken as `batch` and every other at the example's size."""

@@ -145,7 +145,8 @@ def follow(
 
 
 def _followed(node: fx.Node, axes: Axes, sizes: Sizes) -> Axes:
-    if axes.shape != tuple(sizes.prime(size) for size in tensor_meta(node).shape):
+    shape = tensor_meta(node).shape
+    if len(axes.shape) != len(shape) or not all(map(sizes.same, axes.shape, shape)):
         raise NoFold("unsupported", f"{op_name(node)} changes the shape in a way that is not followed")
     return axes
 

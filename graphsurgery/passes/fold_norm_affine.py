@@ -134,7 +134,10 @@ class _Parted:
         last = self.affine[-1]
         if last.users:
             last.replace_all_uses_with(self.bare)
-            self.bare.args = self.args
+            self.bare.args = (
+                self.bare.args[0],
+                *self.args[1:],
+            )  # what it reads may have been folded meanwhile
         for node in reversed(self.affine):
             if node in alive:
                 gm.graph.erase_node(node)

@@ -448,6 +448,26 @@ def test_folds_patches_of_a_map_of_any_size(size: tuple[int, int]) -> None:
     assert (result.graph_module(y) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("size", [(7, 7), (2, 16), (16, 3)], ids=str)
+def test_folds_a_norm_of_a_size_that_the_ranges_leave_one(size: tuple[int, int]) -> None:
+    """torch writes `(h - 1) // 16 + 1` for the map behind the convolution, and 1 behind the norm."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.ReLU(), nn.Conv2d(3, 3, 3, 16, 1, groups=3, bias=False), nn.BatchNorm2d(3), nn.ReLU()
+        )
+    ).double()
+    free = torch.export.Dim.AUTO
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    gm = capture(model, (x,), dynamic_shapes=({0: free, 2: free, 3: free},))
+    shapes = [tuple(node.meta["val"].shape[2:]) for node in gm.graph.nodes if op_name(node) == "conv2d"]
+    assert not all(isinstance(n, int) for n in shapes[0]), "nothing is written two ways"
+    result = FoldAffine().run(gm)
+    assert ops(result.graph_module) == ["relu", "conv2d", "relu"]
+    y = torch.randn(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = model(y)
+    assert (result.graph_module(y) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_a_large_shift_hides_no_scale(padding: int) -> None:
     """A norm of values of 1e10: its scale is 1e-10 beside a shift of one."""

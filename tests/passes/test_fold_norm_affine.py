@@ -260,6 +260,20 @@ def test_folds_the_layers_before_and_after_each_norm() -> None:
     assert bare_norms(result) == 2
 
 
+def test_a_norm_that_stays_reads_what_the_fold_before_it_wrote() -> None:
+    """The first norm goes into the sum and the Linear before the second, which is an output and stays."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y + self.layer(y))
+
+    parts = {"first": nn.LayerNorm(8), "layer": nn.Linear(8, 8), "second": nn.LayerNorm(8)}
+    result = fold(lambda: Of(forward, **copy.deepcopy(parts)), TOKENS)
+    assert len(result.changes) == 1
+    assert bare_norms(result) == 1
+    assert codes(result) == ["output"]
+
+
 def test_folds_beside_a_residual_that_passes_the_norm_by() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return x + self.mlp(x)
