@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -374,7 +375,7 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
 def annotate(gm: fx.GraphModule, node: fx.Node) -> None:
     """Compute `node.meta["val"]` of a new `get_attr` or `call_function` node from its operands' fake values.
 
-    No guard is recorded: a batch that was free stays free.
+    No guard is recorded: a batch that was free stays free (of a pad in torch's Python kernels alone).
 
     Raises:
         ValueError: The node is of another kind, or an operand has no fake value yet.
@@ -395,5 +396,5 @@ def annotate(gm: fx.GraphModule, node: fx.Node) -> None:
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
     shape_env = mode.shape_env if mode.shape_env is not None else ShapeEnv()
-    with mode, torch.no_grad(), shape_env.suppress_guards():
+    with mode, torch.no_grad(), shape_env.suppress_guards(), enable_python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)

@@ -221,6 +221,27 @@ def test_annotate_gives_symbolic_shapes_without_guards(gm: fx.GraphModule) -> No
     assert not gsg.fake_mode(gm).shape_env.guards
 
 
+@pytest.mark.parametrize("size", [4, -3])
+def test_annotate_keeps_the_batch_of_a_padded_view_free(size: int) -> None:
+    """Of a permuted value: torch's own kernel would take the batch of the example."""
+
+    class Permuted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.permute(0, 3, 1, 2)[..., 1:].relu()
+
+    program = export(Permuted(), (torch.randn(2, 8, 17, 12),), dynamic_shapes=({0: Dim.AUTO},))
+    gm = program.module(check_guards=False)
+    (relu,) = (node for node in gm.graph.nodes if node.target is aten.relu.default)
+    with gm.graph.inserting_after(relu):
+        pad = gm.graph.call_function(
+            aten.constant_pad_nd.default, (relu.args[0], [0, 0, 0, 0, 0, size, 0, 0])
+        )
+    gsg.annotate(gm, pad)
+    batch, *others = pad.meta["val"].shape
+    assert isinstance(batch, torch.SymInt)
+    assert others == [12 + size, 8, 16]
+
+
 def test_annotate_refuses_what_it_cannot_know(gm: fx.GraphModule) -> None:
     placeholder = next(node for node in gm.graph.nodes if node.op == "placeholder")
     with pytest.raises(ValueError, match="placeholder"):

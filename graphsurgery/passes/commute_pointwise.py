@@ -28,7 +28,7 @@ from graphsurgery.affine.region import Scope
 from graphsurgery.affine.runner import runner
 from graphsurgery.affine.swaps import Swap, fold_lost, swaps
 from graphsurgery.cost import FLOPS, Cost, node_cost, op_name
-from graphsurgery.graph import annotate, copy_graph_module, fake_mode, origin
+from graphsurgery.graph import annotate, copy_graph_module, origin
 from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 from graphsurgery.values import tensor_meta
 
@@ -152,13 +152,9 @@ def _write(
         reads = {part.live: value}
         node = graph.node_copy(old, lambda n: reads[n] if n in reads else outside(n))  # noqa: B023 (called here)
         node.meta = origin(old)
-        if isinstance(part, Mover) and not part.drops:
-            # Not traced: torch 2.14 cannot crop a value of symbolic batch, and says so at length.
-            node.meta["val"] = _resized(gm, tensor_meta(value), tensor_meta(old), part.axes)
-        else:
-            if isinstance(part, Mover):
-                node.args = (value, sorted(part.axes), swap.keeps_rank)
-            annotate(gm, node)
+        if isinstance(part, Mover) and part.drops:
+            node.args = (value, sorted(part.axes), swap.keeps_rank)
+        annotate(gm, node)
         made.append(node)
         value = node
     wanted = swap.nodes[-1]
@@ -171,15 +167,6 @@ def _write(
         view.meta = origin(wanted) | {"val": wanted.meta["val"]}
         made.append(view)
     return tuple(made)
-
-
-def _resized(
-    gm: fx.GraphModule, value: torch.Tensor, old: torch.Tensor, axes: frozenset[int]
-) -> torch.Tensor:
-    """What a call makes of another value: it decides the sizes of its own axes and keeps all others."""
-    sizes = [old.shape[i] if i in axes else size for i, size in enumerate(value.shape)]
-    with fake_mode(gm):
-        return torch.empty(sizes, dtype=old.dtype, device=old.device)
 
 
 def _move(scope: Scope, swap: Swap, before: Cost, after: Cost) -> Change | tuple[str, str]:
