@@ -17,7 +17,14 @@ from graphsurgery.capture.dialect import canonicalize, refuse_foreign
 from graphsurgery.capture.dynamic import given_sizes
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
 from graphsurgery.capture.inputs import Inputs, difference, normalize, refuse_nan
-from graphsurgery.capture.program import export_model, export_static, free_carriers, quiet, run_model
+from graphsurgery.capture.program import (
+    export_model,
+    export_static,
+    free_carriers,
+    free_sizes,
+    quiet,
+    run_model,
+)
 from graphsurgery.capture.rules import InputSizes
 from graphsurgery.capture.state import check_supported, evaluated, unwrap
 from graphsurgery.capture.unlift import describe_write, input_names, output_names, unlift
@@ -25,6 +32,12 @@ from graphsurgery.errors import CaptureError
 from graphsurgery.graph import INFO_KEY, CaptureInfo, delete_unused_attrs
 
 __all__ = ["capture"]
+
+
+_FIXED = (
+    "torch fixes the size where it writes a call anew that changes a part of a value in place; write it "
+    "as one that returns a new value (torch.cat, torch.where)"
+)
 
 
 def capture(
@@ -77,13 +90,18 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
         expected = run_model(model, inputs)
     with evaluated(model):  # as found: a run may have left something behind that export would bake in
         exported = export_model(model, inputs, dynamic_shapes)
-    name = type(model).__name__
+    name, free = type(model).__name__, free_sizes(exported.program)
     gm, more = _to_dialect(exported.program, name)
     found = _differs(gm, inputs, expected)
-    if found is not None and exported.dynamic and dynamic_shapes is None:
-        # The example is a batch of one, the export was of two.
+    fixed = free - free_sizes(exported.program)
+    if fixed and dynamic_shapes is not None:
+        axes = ", ".join(f"axis {axis} of {given!r}" for given, axis in sorted(fixed))
+        raise CaptureError(f"{name} cannot be captured with these dynamic_shapes: {_FIXED} ({axes}).")
+    if (found is not None or fixed) and exported.dynamic and dynamic_shapes is None:
+        # Of a difference: the example is a batch of one, the export was of two.
+        reason = f"with a free batch {found}" if found is not None else _FIXED
         with evaluated(model):
-            exported = export_static(model, inputs, f"with a free batch {found}")
+            exported = export_static(model, inputs, reason)
         gm, more = _to_dialect(exported.program, name)
         found = _differs(gm, inputs, expected)
     _require_same(name, inputs, found)
@@ -117,7 +135,10 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] or "ExportedProgram"
     with quiet():
         reference = program.module(check_guards=False)
+    free = free_sizes(program)
     gm, notes = _to_dialect(program, name)
+    if free - free_sizes(program):
+        notes = (*notes, f"captured with fixed sizes: {_FIXED}")
     expected = run_model(reference, inputs)
     _require_same(name, inputs, _differs(gm, inputs, expected))
     dynamic = bool(free_carriers(program, inputs.carriers()[:1]))

@@ -32,6 +32,7 @@ __all__ = [
     "export_model",
     "export_static",
     "free_carriers",
+    "free_sizes",
     "quiet",
     "run_model",
 ]
@@ -148,6 +149,17 @@ def free_carriers(program: ExportedProgram, carriers: list[int]) -> list[int]:
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     tensors = [values[name] for name in names if isinstance(values.get(name), torch.Tensor)]
     return [i for i in carriers if i < len(tensors) and _is_free(tensors[i].shape[0])]
+
+
+def free_sizes(program: ExportedProgram) -> set[tuple[str, int]]:
+    """Return the name and axis of each symbolic size of an input."""
+    shapes = {
+        node.name: getattr(node.meta.get("val"), "shape", ())
+        for node in program.graph.find_nodes(op="placeholder")
+    }
+    return {
+        (name, axis) for name, shape in shapes.items() for axis, size in enumerate(shape) if _is_free(size)
+    }
 
 
 def _is_free(size: int | torch.SymInt) -> bool:

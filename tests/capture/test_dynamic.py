@@ -90,3 +90,26 @@ def test_a_hook_that_adds_an_argument_leaves_no_names_to_go_by() -> None:
     x = torch.randn(5, 6, dtype=torch.float64)
     with pytest.raises(CaptureError, match=r"cannot be matched with the arguments of Sum.forward \(missing"):
         capture(model, x, dynamic_shapes=(FREE,))
+
+
+class PartInPlace(nn.Module):
+    """torch.export leaves the batch free, and fixes it when the call is made functional."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = 2 * x
+        y.unbind(1)[-1].clamp_(-0.5, 2)
+        return y
+
+
+def test_a_size_that_torch_fixes_afterwards_is_said() -> None:
+    x = torch.randn(4, 3, 5)
+    info = capture(PartInPlace().eval(), x).meta["graphsurgery"]
+    assert not info.dynamic_batch
+    (note,) = info.notes
+    assert note.startswith("captured with a static batch of 4: torch fixes the size where it writes")
+    with pytest.raises(CaptureError, match=r"with these dynamic_shapes: torch fixes .* \(axis 0 of 'x'\)"):
+        capture(PartInPlace().eval(), x, dynamic_shapes=({0: DYNAMIC},))
+    program = torch.export.export(PartInPlace().eval(), (x,), dynamic_shapes=({0: Dim.AUTO},))
+    info = capture(program).meta["graphsurgery"]
+    assert not info.dynamic_batch
+    assert any(note.startswith("captured with fixed sizes: torch fixes") for note in info.notes)
