@@ -26,6 +26,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,16 +59,21 @@ def put_in(path: Path, place: int) -> int:
     )
     put = 0
     for function in gc.get_objects():
-        if isinstance(function, types.FunctionType) and function.__code__.co_filename == str(path):
+        if type(function) is types.FunctionType and function.__code__.co_filename == str(path):
             key = (function.__code__.co_name, function.__code__.co_firstlineno)
             if key in wrong and wrong[key] != right[key]:
-                function.__code__ = wrong[key]
-                put += 1
+                with contextlib.suppress(ValueError):  # other free variables: a call of super() was dropped
+                    function.__code__ = wrong[key]
+                    put += 1
     return put
 
 
 def in_child(work: Callable[[], Any], cpu_s: float, wall_s: float) -> Any:
-    """Return what `work` returns in a forked child; None where that dies or takes too long."""
+    """Return what `work` returns in a forked child; None where that dies or takes too long.
+
+    Raises:
+        RuntimeError: `work` raised, with what.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -78,8 +84,12 @@ def in_child(work: Callable[[], Any], cpu_s: float, wall_s: float) -> Any:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         try:
+            try:
+                answer = work(), ""
+            except Exception:  # noqa: BLE001 - raised again where it is read
+                answer = None, traceback.format_exc()
             with os.fdopen(writing, "wb") as pipe:
-                pickle.dump(work(), pipe)
+                pickle.dump(answer, pipe)
         finally:
             os._exit(0)
     os.close(writing)
@@ -88,7 +98,10 @@ def in_child(work: Callable[[], Any], cpu_s: float, wall_s: float) -> Any:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return pickle.loads(data) if data else None
+    answer, raised = pickle.loads(data) if data else (None, "")
+    if raised:
+        raise RuntimeError(raised)
+    return answer
 
 
 class Run:
@@ -246,6 +259,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/mutants.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.touch()
     quiet = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not sweep"]
     code = pytest.main([*quiet, *options.tests], plugins=[Run(options)])
     table(options.out)

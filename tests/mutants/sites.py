@@ -140,7 +140,7 @@ def changed(path: Path, place: int) -> ast.Module:
         case ("constant",), ast.Constant(value=int() as value):
             node.value = value + 1
         case ("constant",), ast.Constant(value=float() as value):
-            node.value = 2 * value
+            node.value = 2 * value if value else 1.0
         case ("name", other), ast.Name():
             node.id = other
         case ("name", other), ast.Attribute():

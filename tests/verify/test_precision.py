@@ -10,6 +10,7 @@ from graphsurgery.verify.inputs import as_inputs
 from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
+    cause_of_nan,
     copy_module,
     nudge_inputs,
     nudged_state,
@@ -80,6 +81,16 @@ def test_nudge_moves_by_about_one_unit(dtype: torch.dtype) -> None:
     assert not torch.equal(moved, Nudger(seed=2, ulps=1.0)(x))
 
 
+def test_each_tensor_is_moved_by_numbers_of_its_own() -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    nudger, other = Nudger(seed=1, ulps=1.0), Nudger(seed=1, ulps=1.0)
+    first, second = nudger(x), nudger(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(other(x), first)
+    assert other.offset(torch.arange(5)) == other.offset(torch.empty(0)) == 0
+    assert torch.equal(other(x), second)  # nothing was drawn for these
+
+
 def test_nudge_keeps_zeros_infinities_integers_and_layout() -> None:
     nudger = Nudger(seed=0, ulps=1.0)
     x = torch.tensor([0.0, float("inf"), float("-inf"), float("nan")])
@@ -115,3 +126,19 @@ def test_low_precision_is_found_in_parameters_buffers_and_inputs() -> None:
     assert not uses_low_precision(nn.Linear(3, 3).double(), x)
     assert uses_low_precision(nn.Linear(3, 3), x)
     assert uses_low_precision(nn.Linear(3, 3).double(), as_inputs(torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(torch.nan, "NaN"), (torch.inf, "infinite"), (-torch.inf, "infinite")]
+)
+def test_the_first_parameter_that_is_not_finite_is_named(value: float, kind: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert (
+        cause_of_nan(module)
+        == cause_of_nan(None)
+        == "look for NaN or infinities in its weights or in the example"
+    )
+    with torch.no_grad():
+        module[1].weight[0, 1:] = value
+        module[1].bias[0] = value
+    assert cause_of_nan(module) == f"2 of 9 values of '1.weight' are {kind}: load sound weights"

@@ -61,6 +61,21 @@ def test_a_size_at_which_only_the_candidate_fails_is_a_failure() -> None:
     assert "cannot" in verdict.reason
 
 
+def test_rows_that_are_cases_and_whole_runs_at_other_sizes_are_judged_together() -> None:
+    class Map(nn.Module):
+        def __init__(self, slope: float) -> None:
+            super().__init__()
+            self.slope = slope
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x.sum(1) * self.slope)
+
+    for dynamic in (True, False):
+        kwargs = {"dynamic_batch": dynamic, "free_sizes": FREE}
+        assert gs.verify(Map(0.5), Map(0.5), picture(), **kwargs).ok
+        assert not gs.verify(Map(0.5), Map(0.5001), picture(), **kwargs).ok
+
+
 def test_sizes_that_the_reference_refuses_are_notes_and_others_are_found() -> None:
     verdict = gs.verify(Net(multiple=4), Net(multiple=4), picture(16, 8), free_sizes=FREE)
     assert verdict.ok
@@ -78,6 +93,19 @@ def test_tokens_and_mask_keep_one_length() -> None:
             assert leaves[0].shape == leaves[1].shape != ids.shape
             assert leaves[0].dtype == torch.int64
             assert bool(leaves[1].all())
+
+
+def test_the_sizes_that_are_tried() -> None:
+    example = as_inputs(torch.zeros(2, 3, 40, 12))
+    axes = size_axes_of(example, {0: {2: "h", 3: "w"}})
+    slots = [[batch.cases[0] for batch in slot] for slot in size_runs(example, axes)]
+    assert slots == [
+        ["h=25, w=7", "h=20, w=6"],
+        ["h=51, w=15", "h=80, w=24"],
+        ["h=51, w=7", "h=80, w=6", "h=80, w=12"],
+    ]
+    (small, large) = size_runs(as_inputs(torch.zeros(2, 2)), {"n": [(0, 1, 1, 0)]})
+    assert [[b.cases[0] for b in slot] for slot in (small, large)] == [["n=1"], ["n=5", "n=4"]]
 
 
 @pytest.mark.parametrize(

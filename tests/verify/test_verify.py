@@ -386,6 +386,20 @@ def test_nan_and_infinity_must_agree_in_place_and_nan_is_warned_about() -> None:
     assert "got +inf" in infinite.reason or "got -inf" in infinite.reason
 
 
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("right", [1.0, torch.inf, -torch.inf, torch.nan])
+def test_one_value_of_another_kind_is_named(right: float, wrong: float) -> None:
+    def last(value: float) -> nn.Module:
+        return Returns(lambda x: torch.cat([x.flatten(1)[:, :-1], torch.full_like(x[:, 0, 0, :1], value)], 1))
+
+    verdict = verify(last(right), last(wrong), image())
+    words = {torch.inf: "+inf", -torch.inf: "-inf", 1.0: "a finite value"}
+    assert verdict.ok == (words.get(right, "NaN") == words.get(wrong, "NaN"))
+    if not verdict.ok:
+        said = f"2 values differ in kind: got {words.get(wrong, 'NaN')} where the reference has "
+        assert f"{said}{words.get(right, 'NaN')}, first at [0, 242]" in verdict.reason
+
+
 def test_overflow_of_the_reference_alone_is_no_difference() -> None:
     a = Returns(lambda x: (x * 60000) / 60000)
     b = Returns(lambda x: x * 1.0)
