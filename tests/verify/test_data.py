@@ -69,7 +69,8 @@ def test_a_loader_with_labels_says_what_it_left_out() -> None:
     assert verdict.ok
     assert verdict.data_samples == 11
     assert any("left out as a label" in note for note in verdict.notes)
-    assert "11 samples" in str(verdict)
+    assert "\n  11 samples of the caller's data\n" in str(verdict)
+    assert "samples of the caller" not in str(gs.verify(net(), net(), numbers(2, 6)))
 
 
 def test_mappings_leave_out_other_keys_and_say_so() -> None:

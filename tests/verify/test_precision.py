@@ -57,6 +57,7 @@ def test_copy_shares_nothing_and_is_in_eval_semantics() -> None:
     assert module.training
     assert not any(part.training for part in copied.modules())
     assert all(parameter.requires_grad for parameter in module.parameters())
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
     mine = {t.untyped_storage().data_ptr() for t in (*copied.parameters(), *copied.buffers())}
     yours = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     assert not mine & yours

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphsurgery.capture import capture
 from graphsurgery.errors import VerificationError
 from graphsurgery.restore import restore
-from graphsurgery.verify import Baseline, Inputs, Verdict, verify
+from graphsurgery.verify import Baseline, Inputs, TorchRunner, Verdict, verify
 
 
 def generator(seed: int) -> torch.Generator:
@@ -502,6 +502,10 @@ def test_modules_that_write_into_their_input_or_buffers() -> None:
 def test_random_forward_sees_the_same_numbers_on_both_sides() -> None:
     noisy = Returns(lambda x: x + torch.rand(x.shape, dtype=x.dtype))
     assert verify(noisy, Returns(lambda x: torch.rand(x.shape, dtype=x.dtype) + x), image()).ok
+    runner = TorchRunner(noisy)
+    first = runner.run(Inputs((image(),)))["output"]
+    torch.rand(1)  # whatever was drawn before
+    assert torch.equal(first, runner.run(Inputs((image(),)))["output"])
 
 
 def test_reference_that_raises_and_things_that_are_no_program() -> None:
