@@ -48,6 +48,7 @@ def test_no_batch_is_run_that_is_refused(refused: set[int], rows: int, sizes: li
 def test_static_batch_runs_each_case_with_the_shapes_of_the_example() -> None:
     batches = battery(image(), dynamic_batch=False)
     assert [batch.cases for batch in batches] == [(case,) for case in CASES]
+    assert not any(batch.stacked for batch in batches)
     assert {tuple(batch.inputs.args[0].shape) for batch in batches} == {(2, 3, 9, 8)}
 
 

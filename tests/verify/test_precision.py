@@ -51,6 +51,20 @@ def test_float64_mode_reaches_casts_constants_and_factories() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_float64_mode_moves_constants_that_are_no_parameters() -> None:
+    """A number of a product, and a tensor of lower precision: each by half a unit of float32 at most."""
+    x = torch.linspace(1, 2, 50, dtype=torch.float64)
+    plain = torch.full((50,), 0.7)
+
+    def run(nudger: Nudger | None) -> tuple[Tensor, Tensor, Tensor]:
+        with Float64Mode(nudger):
+            return x * 0.3, x + plain, torch.clamp(x, max=1.3)
+
+    for exact, moved, share in zip(run(None), run(Nudger(1, 0.5)), (0.3, 0.7, 0.0), strict=True):
+        off = (moved - exact).abs().max() / share if share else (moved - exact).abs().max()
+        assert (2.0**-26 < float(off) < 2.0**-22) if share else float(off) == 0.0
+
+
 def test_copy_shares_nothing_and_is_in_eval_semantics() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
     copied = copy_module(module)

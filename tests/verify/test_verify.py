@@ -554,6 +554,8 @@ def test_verdict_is_plain_data_and_text() -> None:
     assert verdict.seed == 4
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["ok"] is True
     assert "equal up to rounding" in str(verdict)
+    assert "\n  8 cases (example, normal, " in str(verdict)
+    assert "anchor: torch Sequential in float64" in str(verdict)
     assert verdict.raise_if_failed() is verdict
     native = verdict.outputs[0].native
     assert native is not None
