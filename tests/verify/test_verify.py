@@ -363,9 +363,14 @@ def test_non_contiguous_and_scalar_outputs() -> None:
     def both(x: Tensor) -> Any:
         return x.transpose(1, 3), x.mean(), torch.view_as_complex(x[..., :2].contiguous())
 
-    assert verify(Returns(both), Returns(both), image()).ok
+    right = verify(Returns(both), Returns(both), image())
+    assert right.ok
+    assert right.reason.startswith("3 outputs, ")
     wrong = verify(Returns(both), Returns(lambda x: (*both(x)[:2], both(x)[2] * 1.001)), image())
     assert [output.ok for output in wrong.outputs] == [True, True, False]
+    assert wrong.reason == f"output '2': {wrong.outputs[2].reason}"
+    more = verify(Returns(both), Returns(lambda x: tuple(y * 1.001 for y in both(x))), image())
+    assert more.reason == f"output '0': {more.outputs[0].reason} (and 2 more outputs)"
 
 
 # -- NaN, infinity, integers, nothing -----------------------------------------------------------------------
