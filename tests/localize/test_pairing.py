@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
 
-from graphsurgery.localize.pairing import Print, pair_up
+from graphsurgery.localize.pairing import Print, pair_up, prints_of
 from graphsurgery.localize.result import Place
+from graphsurgery.verify import Inputs, Runner
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -119,3 +124,31 @@ def test_pairs_that_are_given_are_kept() -> None:
     x, a = numbers(4, 5), numbers(4, 5, seed=1)
     theirs = {"x": (x, ()), "a": (a, ("x",))}
     assert paired({"x": (x, ())}, theirs, {"x": "a"}) == {"x": "a"}
+
+
+class Many:
+    """A program of a hundred values, of which two are no use: one has no elements, one is NaN throughout."""
+
+    places = tuple(place(f"v{i}") for i in range(100))
+    outputs = ("v99",)
+    runs = 0
+
+    def exposed(
+        self, names: Sequence[str], called: Sequence[str], shapes: dict[str, tuple[int, ...]]
+    ) -> Runner:
+        assert tuple(names) == tuple(called)
+        assert not shapes
+        values = {name: torch.full((2,), float(name[1:])) for name in names}
+        values |= {
+            n: v for n, v in (("v7", torch.empty(0)), ("v60", torch.full((3,), torch.nan))) if n in names
+        }
+        self.runs += 1
+        return cast(Runner, SimpleNamespace(name="many", run=lambda inputs: values))
+
+
+def test_all_values_are_reduced_some_at_a_time() -> None:
+    program = Many()
+    found = prints_of(program, Inputs((numbers(1),)))
+    assert sorted(found) == sorted({p.name for p in program.places} - {"v7", "v60"})
+    assert program.runs == 3
+    assert found["v80"].distance(Print.of(torch.full((2,), 80.0))) == 0.0

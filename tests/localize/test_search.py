@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from graphsurgery.errors import RuntimeUnavailableError
 from graphsurgery.localize.pairing import Print
 from graphsurgery.localize.result import Localization, Place, Stage
 from graphsurgery.localize.search import Found
-from graphsurgery.localize.stages import Chain, Step
-from graphsurgery.verify import Comparison, OutputVerdict, Runner, Verdict
+from graphsurgery.localize.stages import Chain, Step, chain_of
+from graphsurgery.verify import Baseline, Comparison, OutputVerdict, Runner, TorchRunner, Verdict, runtimes
 
 search: Any = importlib.import_module(
     "graphsurgery.localize.search"
@@ -42,10 +43,14 @@ def verdict(name: str, ok: bool) -> OutputVerdict:
     return OutputVerdict(name, (1,), "float32", 1, ok, "")
 
 
+def upper(graph: Graph) -> Graph:
+    """The reference: the same under other names."""
+    return replace(graph, places=tuple(replace(p, name=p.name.upper()) for p in graph.places))
+
+
 def first(graph: Graph, good: str, wrong: str) -> Found:
     verdicts = {n: verdict(n, True) for n in good.split()} | {n: verdict(n, False) for n in wrong.split()}
-    other = replace(graph, places=tuple(replace(p, name=p.name.upper()) for p in graph.places))
-    return search._first(graph, other, {name: name.upper() for name in verdicts}, verdicts)
+    return search._first(graph, upper(graph), {name: name.upper() for name in verdicts}, verdicts)
 
 
 def told(found: Found) -> tuple[str, str, list[str], list[str]]:
@@ -98,6 +103,13 @@ def test_of_several_ways_all_that_is_not_known_to_agree_is_named() -> None:
     assert told(first(graph, "x a", "y")) == ("y", "Y", ["b", "c"], ["a", "x"])
 
 
+def test_what_is_no_place_is_passed_over() -> None:
+    """A size, or an input that a file takes its weights from."""
+    graph = Graph.of({"x": "n", "a": "x n", "b": "x", "c": "a b n", "y": "c n"}, "y")
+    assert told(first(graph, "", "y")) == ("y", "Y", ["x", "a", "b", "c"], [])
+    assert told(first(graph, "x", "c y")) == ("c", "C", ["a", "b"], ["x"])
+
+
 def test_what_rounding_alone_decides_agrees() -> None:
     near = Comparison("native", 0, 0, None, None, None, 4.0, 3.0, 2, 2, "example", (0,), 0, 0)
     far = replace(near, factor_needed=5.0)
@@ -139,8 +151,8 @@ def halved(
         return {name: verdict(name, name not in wrong) for name in part}
 
     monkeypatch.setattr(search, "judge_pairs", judge)
-    known = {name: name for name in pairs.split()}
-    return search._halve(graph, graph, graph, None, known, {}), looked  # type: ignore[arg-type]
+    known = {name: name.upper() for name in pairs.split()}
+    return search._halve(upper(graph), None, graph, None, known, {}), looked
 
 
 @pytest.mark.parametrize("start", [0, 1, 9, 30, 31])
@@ -233,3 +245,50 @@ def test_a_result_in_words() -> None:
     ]
     bare = Localization(False, "nothing differs", "", "a", "b")
     assert (str(bare), bare.module, bare.source, bare.places) == ("nothing differs", "", "", ())
+
+
+def small() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2).eval()
+
+
+def test_each_program_is_judged_in_order_and_the_last_on_runtimes_that_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right, wrong, x = small(), small(), torch.ones(2, 3)
+    with torch.no_grad():
+        wrong.weight[0, 0] += 1
+
+    def missing(module: nn.Module) -> None:
+        raise RuntimeUnavailableError("no compiler")
+
+    monkeypatch.setitem(runtimes._OF_MODULES, "torch-compile", missing)
+    baseline = Baseline(right, x, samples=1)
+    chain = chain_of(baseline, [right, wrong], ["torch", "torch-compile"])
+    told = [(step.runtime, step.stage.name, step.stage.status) for step in chain.steps]
+    assert told == [
+        ("torch", "torch Linear", "equal"),
+        ("torch", "torch Linear", "different"),
+        ("torch-compile", "torch Linear", "not run"),
+    ]
+    assert chain.departs is chain.steps[1]
+    assert [step.program for step in chain.steps] == [right, wrong, wrong]
+    assert [step.rewrites for step in chain.steps] == [False, False, True]
+    assert [step.verdict is None for step in chain.steps] == [False, False, True]
+    assert "times the rounding noise" in chain.stages[1].reason
+    assert chain.stages[2].reason == "no compiler"
+
+
+def test_a_candidate_that_no_runtime_takes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, other = small(), small()
+    baseline = Baseline(right, torch.ones(2, 3), samples=1)
+
+    def runner(module: nn.Module) -> Runner:
+        if module is other:
+            raise RuntimeUnavailableError("not here")
+        return TorchRunner(module)
+
+    monkeypatch.setitem(runtimes._OF_MODULES, "torch", runner)
+    with pytest.raises(RuntimeUnavailableError, match=r"the candidate could not be run: .*not here"):
+        chain_of(baseline, [right, other], ())
+    assert chain_of(baseline, [other, right], ()).stages[0].status == "not run"
