@@ -92,6 +92,13 @@ def test_of_several_equal_ones_what_they_are_made_of_decides_then_the_name_then_
     assert paired({"n": (a, ())}, near) == {"n": "q"}
 
 
+def test_integers_are_equal_or_not() -> None:
+    counts = torch.arange(20)
+    off = counts + (counts == 7)
+    assert paired({"n": (counts, ())}, {"n": (off, ()), "a": (counts, ())}) == {"n": "a"}
+    assert paired({"n": (counts, ())}, {"n": (off, ()), "a": (off, ())}) == {"n": "n"}
+
+
 def test_values_of_other_sizes_dtypes_or_far_from_all_have_no_counterpart() -> None:
     x = numbers(4, 5)
     theirs = {"x": (x, ()), "d": (x.double(), ()), "s": (x[:2], ())}

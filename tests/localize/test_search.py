@@ -243,6 +243,8 @@ def test_a_result_in_words() -> None:
         "  on torch: equal",
         "  departs first: the file",
     ]
+    other = replace(found, stands_for=node, first=there)
+    assert (other.module, other.source) == (there.module, there.source)
     bare = Localization(False, "nothing differs", "", "a", "b")
     assert (str(bare), bare.module, bare.source, bare.places) == ("nothing differs", "", "", ())
 
