@@ -9,7 +9,7 @@ CODE   := graphsurgery tests examples benchmarks
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types examples bench sweep architectures fuzz mutations wheel clean
+.PHONY: help install demo test lint format types examples bench sweep architectures fuzz mutations mutants wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -58,6 +58,10 @@ fuzz: $(STAMP) ## Run N random networks from SEED on through everything; failing
 
 mutations: $(STAMP) ## Print which comparison sees what of changes that were made wrong
 	$(ONE_THREAD) $(BIN)/python -W ignore -m tests.fuzz.mutations $(ARGS)
+
+# ARGS="graphsurgery/verify/*.py --tests tests/verify": the files to change, and where their tests are.
+mutants: $(STAMP) ## Change one place of the code at a time; print which changes no test notices
+	$(ONE_THREAD) $(BIN)/python -W ignore -m tests.mutants $(ARGS)
 
 wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

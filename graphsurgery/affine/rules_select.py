@@ -121,8 +121,7 @@ def cut(axes: Axes, index: int, start: int, count: int, step: int = 1) -> Axes:
         raise _cut_symbol()
     if count == 0:
         raise NoFold("empty", "it works on a tensor without elements")
-    head, tail = dim, tuple(atom for atom in dim if atom.size == 1)
-    head = tuple(atom for atom in dim if atom.size != 1)
+    head, tail = (tuple(atom for atom in dim if (atom.size == 1) == single) for single in (False, True))
     while len(head) > 1 and step == 1 and start % head[-1].size == 0 and count % head[-1].size == 0:
         start, count = start // head[-1].size, count // head[-1].size
         head, tail = head[:-1], (head[-1], *tail)

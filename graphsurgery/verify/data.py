@@ -340,9 +340,12 @@ def _joined(taken: list[Inputs], rows: Sequence[int]) -> list[Inputs]:
         alike.setdefault(tuple(parts) if whole else (number,), []).append(item)
     found = []
     for items in alike.values():
+        if len(items) == 1:  # it may hold a scalar, which cannot be joined
+            found += items
+            continue
         columns = zip(*(item.leaves() for item in items), strict=True)
         leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-        found.append(items[0].replace(leaves) if len(items) > 1 else items[0])
+        found.append(items[0].replace(leaves))
     return found
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from graphsurgery.errors import VerificationError
 from graphsurgery.verify.data import Data, data_limit_for
-from graphsurgery.verify.inputs import Batch, Inputs
+from graphsurgery.verify.inputs import Batch, Inputs, batch_size
 from graphsurgery.verify.outputs import Outputs
 from graphsurgery.verify.runners import Runner
 from graphsurgery.verify.sizes import SizeAxes, size_runs
@@ -76,7 +73,7 @@ class Extra:
             limit=data_limit_for(flops),
             rows=rows,
             free_axes=_places(size_axes or {}) | _places({"batch": batch_axes or ()}),
-            batch=None if dynamic_batch and plain and not refused else _leading_size(self.example),
+            batch=None if dynamic_batch and plain and not refused else batch_size(self.example),
         )
         ran = [batch for batch in taken.batches if self._answered(batch)]
         if not ran:
@@ -107,8 +104,3 @@ class Extra:
 
 def _places(axes: Mapping[str, Axes]) -> set[tuple[int, int]]:
     return {(leaf, axis) for places in axes.values() for leaf, axis, *_ in places}
-
-
-def _leading_size(example: Inputs) -> int | None:
-    leaves: list[Any] = example.leaves()
-    return next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.ndim and x.shape[0]), None)

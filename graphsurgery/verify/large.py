@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphsurgery.verify.inputs import Inputs
-from graphsurgery.verify.precision import Float64Mode, Nudger, state_of, to_float64
+from graphsurgery.verify.precision import Float64Mode, Nudger, promote, state_of, to_float64
 
 if TYPE_CHECKING:
     from graphsurgery.verify.outputs import Outputs
@@ -59,10 +60,11 @@ class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         # Without the float64 mode around this one, which would take part in the turning.
         with _disable_current_modes():
-            args, kwargs = pytree.tree_map(self._turn, (args, kwargs or {}))
+            args, kwargs = pytree.tree_map(self.turn, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def _turn(self, value: Any) -> Any:
+    def turn(self, value: Any) -> Any:
+        """Return a parameter turned; anything else as it is."""
         if not isinstance(value, Tensor) or id(value) not in self._offsets:
             return value
         offset = self._offsets[id(value)]
@@ -70,6 +72,27 @@ class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._nudger.moved(value, offset, None)
         unit = torch.finfo(value.dtype).eps
         return self._nudger.moved(value.detach().double(), offset, unit)
+
+
+class _BeforeConvolutions(TorchFunctionMode):
+    """Turns the operands of convolutions before torch compares their dtypes, which it does above dispatch."""
+
+    def __init__(self, turn: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._turn = turn
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if str(getattr(func, "__name__", "")).startswith("conv"):
+            with _disable_current_modes():
+                args, kwargs = pytree.tree_map(self._turn, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 class LargeRunner:
@@ -113,6 +136,8 @@ class LargeRunner:
                 modes.enter_context(Float64Mode(Nudger(self._moved[1], 0.5) if self._moved else None))
             if turned is not None:  # entered last, it sees each call first
                 modes.enter_context(turned)
+            if self._double:
+                modes.enter_context(_BeforeConvolutions(turned.turn if turned else promote))
             try:
                 return self._call(self._module, to_float64(inputs) if self._double else inputs)
             except Exception:

@@ -24,6 +24,7 @@ __all__ = [
     "float64_state",
     "nudge_inputs",
     "nudged_state",
+    "promote",
     "state_of",
     "stored_state",
     "to_float64",
@@ -65,8 +66,8 @@ class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._nudger is not None:
             numbers = func.overloadpacket.__name__ in _ARITHMETIC
             args = pytree.tree_map(lambda value: self._nudge(value, numbers), args)
-        args, kwargs = pytree.tree_map(_promote, (args, kwargs or {}))
-        return pytree.tree_map(_promote, func(*args, **kwargs))
+        args, kwargs = pytree.tree_map(promote, (args, kwargs or {}))
+        return pytree.tree_map(promote, func(*args, **kwargs))
 
     def _nudge(self, value: Any, numbers: bool) -> Any:
         """Move a constant that is no parameter: all that was one is float64 by now."""
@@ -83,7 +84,8 @@ _ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div"})
 _FLOAT32_EPS = 2.0**-23
 
 
-def _promote(value: Any) -> Any:
+def promote(value: Any) -> Any:
+    """Return a tensor or a dtype of lower precision in float64, complex ones in complex128; else as it is."""
     if isinstance(value, Tensor):
         return value.to(_TO_DOUBLE[value.dtype]) if value.dtype in _TO_DOUBLE else value
     if isinstance(value, torch.dtype):
@@ -117,7 +119,7 @@ def uses_low_precision(module: nn.Module, inputs: Inputs) -> bool:
 
 def to_float64(inputs: Inputs) -> Inputs:
     """Return the inputs with every float tensor in float64; integers stay as they are."""
-    return inputs.replace([_promote(leaf) if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()])
+    return inputs.replace([promote(leaf) if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()])
 
 
 _TABLE = 32749

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from one_region import filled, region_of
 from random_chains import Call, With
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphsurgery.affine.atoms import Atom, Axes, NoFold
 from graphsurgery.affine.certify import LIMIT
 from graphsurgery.affine.choice import options
 from graphsurgery.affine.program import Conv
 from graphsurgery.affine.region import Region
-from graphsurgery.affine.rules import Step, apply
+from graphsurgery.affine.rules import Step, apply, has_rule
 from graphsurgery.affine.rules_einsum import labels
 from graphsurgery.affine.windows import Window
 
@@ -317,6 +317,16 @@ def test_einsum_varies_what_a_constant_has_too_and_consumes_what_the_output_lack
 )
 def test_labels_of_an_equation(equation: str, ranks: tuple[int, ...], expected: object) -> None:
     assert labels(equation, ranks) == expected
+
+
+def test_calls_of_tensors_alone_have_rules() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("mul")  # the name of an op
+    y = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
+    for node, value, known in ((x, numbers(2), False), (y, numbers(2), True), (y, 3, False)):
+        node.meta["val"] = value
+        assert has_rule(node) == known
+    assert not has_rule(y, 0)
 
 
 # -- refusals

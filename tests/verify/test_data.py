@@ -69,7 +69,8 @@ def test_a_loader_with_labels_says_what_it_left_out() -> None:
     assert verdict.ok
     assert verdict.data_samples == 11
     assert any("left out as a label" in note for note in verdict.notes)
-    assert "11 samples" in str(verdict)
+    assert "\n  11 samples of the caller's data\n" in str(verdict)
+    assert "samples of the caller" not in str(gs.verify(net(), net(), numbers(2, 6)))
 
 
 def test_mappings_leave_out_other_keys_and_say_so() -> None:
@@ -164,6 +165,34 @@ def test_inputs_of_one_item_have_one_batch() -> None:
 
     with pytest.raises(gs.VerificationError, match="different numbers of rows"):
         gs.verify(Two(), Two(), (numbers(2, 6), numbers(2, 6)), data=[(numbers(3, 6), numbers(2, 6))])
+
+
+@pytest.mark.parametrize(
+    ("example", "item"),
+    [
+        ((numbers(2, 3), [numbers(2, 3)]), (numbers(2, 3), (numbers(2, 3),))),
+        ({"a": numbers(2, 3), "b": [numbers(2, 3)]}, {"a": numbers(2, 3), "b": (numbers(2, 3),)}),
+        ((numbers(2, 3), [numbers(2, 3)]), (numbers(2, 3), [numbers(2, 3), numbers(2, 3)])),
+    ],
+    ids=["tuple for list", "keyword", "longer"],
+)
+def test_items_are_nested_as_the_example_is(example: Any, item: Any) -> None:
+    inputs = as_inputs(example)
+    Data([example]).check(inputs)
+    with pytest.raises(gs.VerificationError, match="item 0 of the data is nested in another way"):
+        Data([item]).check(inputs)
+
+
+def test_a_scalar_before_the_batch_does_not_set_the_rows_of_a_run() -> None:
+    class Scaled(nn.Module):
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            return x * scale
+
+    example = (torch.tensor(2.0), numbers(4, 6))
+    verdict = gs.verify(Scaled(), Scaled(), example, data=[(torch.tensor(3.0), numbers(5, 6))])
+    assert verdict.ok
+    assert verdict.data_samples == 5
+    assert verdict.batch_sizes[0] == 4
 
 
 def test_data_that_the_reference_declines_altogether_are_an_error() -> None:

@@ -38,6 +38,9 @@ def test_no_batch_is_run_that_is_refused(refused: set[int], rows: int, sizes: li
     batches = battery(image(rows), dynamic_batch=True, refused=refused)
     assert [batch.inputs.args[0].shape[0] for batch in batches] == sizes
     assert tuple(case for batch in batches for case in batch.cases) == CASES
+    third = torch.cat([batch.inputs.args[0] for batch in batches if "impulses" in batch.cases])
+    if len(batches) == 8:  # a run of its own, of zeros but for the impulses
+        assert float((third == 0).double().mean()) > 0.5
     (first,) = battery(image(rows), dynamic_batch=True, refused=refused, samples=1)
     assert torch.equal(first.inputs.args[0], batches[0].inputs.args[0])
 
@@ -45,6 +48,7 @@ def test_no_batch_is_run_that_is_refused(refused: set[int], rows: int, sizes: li
 def test_static_batch_runs_each_case_with_the_shapes_of_the_example() -> None:
     batches = battery(image(), dynamic_batch=False)
     assert [batch.cases for batch in batches] == [(case,) for case in CASES]
+    assert not any(batch.stacked for batch in batches)
     assert {tuple(batch.inputs.args[0].shape) for batch in batches} == {(2, 3, 9, 8)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -47,6 +48,21 @@ def test_layer_by_layer_gives_the_same_bits(recurrent: bool, monkeypatch: pytest
         assert wanted.dtype == found.dtype
         assert torch.equal(wanted, found)
     assert not torch.equal(whole[1], runner.run(call)["output"])  # the weights were moved indeed
+
+
+def test_all_weights_are_turned_at_once_only_where_a_forward_looks_at_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    for recurrent in (False, True):
+        model = Net(recurrent).eval()
+        for program in (model, gs.capture(model, (inputs(),))):
+            runner = TorchRunner(program)
+            for variant in (runner.float64(), runner.float64_stored(3)):
+                whole = Mock(wraps=variant._whole)  # type: ignore[attr-defined]
+                variant._whole = whole  # type: ignore[attr-defined]
+                variant.run(Inputs((inputs(),)))
+                assert whole.called == (recurrent and program is model)
 
 
 def test_a_wrong_weight_of_a_large_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

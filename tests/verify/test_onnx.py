@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from graphsurgery.errors import VerificationError
 from graphsurgery.export import OnnxSession, latency_ms, node_counts
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, verify
+from graphsurgery.verify.runners import match_feeds
 
 
 class Net(nn.Module):
@@ -144,6 +146,22 @@ def test_inputs_that_do_not_fit_the_file(net: Net, tmp_path: Path, inputs: objec
     path = write(tmp_path / "a.onnx", net)
     with pytest.raises(VerificationError, match=reason):
         verify(path, path, inputs)
+
+
+def test_tensors_are_matched_by_name_by_keyword_and_else_in_order() -> None:
+    a, b = torch.zeros(2), torch.ones(3)
+    wanted = {"b": (torch.float32, ("n",)), "a": (torch.float32, (2,))}
+
+    def feeds(graph: Any, inputs: Inputs, names: tuple[str, ...] | None = None) -> dict[str, int]:
+        return {name: len(tensor) for name, tensor in match_feeds(graph, inputs, names, "file").items()}
+
+    assert feeds(wanted, Inputs((a, b)), ("a", "b")) == {"b": 3, "a": 2}
+    assert feeds(wanted, Inputs((), {"a": a, "b": b})) == {"b": 3, "a": 2}
+    assert feeds({"b": wanted["b"]}, Inputs((a, b)), ("a", "b")) == {"b": 3}  # the file lacks one
+    assert feeds(wanted, Inputs((b, a))) == {"b": 3, "a": 2}
+    assert feeds(wanted, Inputs((b, a)), ("a",)) == {"b": 3, "a": 2}  # names of other inputs
+    with pytest.raises(VerificationError, match=r"has shape \[2\], got \[3\]"):
+        feeds(wanted, Inputs((a, b)))
 
 
 def test_latencies_are_interleaved_medians(net: Net, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from graphsurgery.verify.inputs import as_inputs
 from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
+    cause_of_nan,
     copy_module,
     nudge_inputs,
     nudged_state,
@@ -50,12 +51,27 @@ def test_float64_mode_reaches_casts_constants_and_factories() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_float64_mode_moves_constants_that_are_no_parameters() -> None:
+    """A number of a product, and a tensor of lower precision: each by half a unit of float32 at most."""
+    x = torch.linspace(1, 2, 50, dtype=torch.float64)
+    plain = torch.full((50,), 0.7)
+
+    def run(nudger: Nudger | None) -> tuple[Tensor, Tensor, Tensor]:
+        with Float64Mode(nudger):
+            return x * 0.3, x + plain, torch.clamp(x, max=1.3)
+
+    for exact, moved, share in zip(run(None), run(Nudger(1, 0.5)), (0.3, 0.7, 0.0), strict=True):
+        off = (moved - exact).abs().max() / share if share else (moved - exact).abs().max()
+        assert (2.0**-26 < float(off) < 2.0**-22) if share else float(off) == 0.0
+
+
 def test_copy_shares_nothing_and_is_in_eval_semantics() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
     copied = copy_module(module)
     assert module.training
     assert not any(part.training for part in copied.modules())
     assert all(parameter.requires_grad for parameter in module.parameters())
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
     mine = {t.untyped_storage().data_ptr() for t in (*copied.parameters(), *copied.buffers())}
     yours = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     assert not mine & yours
@@ -78,6 +94,16 @@ def test_nudge_moves_by_about_one_unit(dtype: torch.dtype) -> None:
     assert float(share.max()) <= 1.6  # the move, and the rounding of the result
     assert float((share > 0).double().mean()) > 0.9
     assert not torch.equal(moved, Nudger(seed=2, ulps=1.0)(x))
+
+
+def test_each_tensor_is_moved_by_numbers_of_its_own() -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    nudger, other = Nudger(seed=1, ulps=1.0), Nudger(seed=1, ulps=1.0)
+    first, second = nudger(x), nudger(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(other(x), first)
+    assert other.offset(torch.arange(5)) == other.offset(torch.empty(0)) == 0
+    assert torch.equal(other(x), second)  # nothing was drawn for these
 
 
 def test_nudge_keeps_zeros_infinities_integers_and_layout() -> None:
@@ -115,3 +141,19 @@ def test_low_precision_is_found_in_parameters_buffers_and_inputs() -> None:
     assert not uses_low_precision(nn.Linear(3, 3).double(), x)
     assert uses_low_precision(nn.Linear(3, 3), x)
     assert uses_low_precision(nn.Linear(3, 3).double(), as_inputs(torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(torch.nan, "NaN"), (torch.inf, "infinite"), (-torch.inf, "infinite")]
+)
+def test_the_first_parameter_that_is_not_finite_is_named(value: float, kind: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert (
+        cause_of_nan(module)
+        == cause_of_nan(None)
+        == "look for NaN or infinities in its weights or in the example"
+    )
+    with torch.no_grad():
+        module[1].weight[0, 1:] = value
+        module[1].bias[0] = value
+    assert cause_of_nan(module) == f"2 of 9 values of '1.weight' are {kind}: load sound weights"

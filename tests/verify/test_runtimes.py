@@ -76,6 +76,14 @@ def test_every_runtime_of_files_agrees_with_torch(net: Net, file: Path) -> None:
     wanted = "equal" if HAS_OPENVINO else "not run"
     assert statuses(verdict) == dict.fromkeys(ON_FILES, "equal") | {"openvino": wanted}
     assert [item.runtime for item in verdict.runtimes] == [*ON_FILES, "openvino"]
+    shares = {
+        item.runtime: item.verdict.outputs[0].native.factor_needed  # type: ignore[union-attr]
+        for item in verdict.runtimes
+        if item.verdict is not None
+    }
+    worst = max(shares, key=lambda runtime: shares[runtime])
+    assert f"worst on {worst}: " in verdict.reason
+    assert verdict.outputs[0].native.factor_needed == shares[worst]  # type: ignore[union-attr]
     for item in verdict.runtimes[:3]:
         assert item.verdict is not None
         assert item.verdict.outputs[0].native is not None
@@ -114,7 +122,9 @@ def test_a_wrong_file_differs_on_each_runtime(net: Net, file: Path, tmp_path: Pa
     assert not verdict.outputs[0].ok
     # two files: the reference side is run as before
     assert verify(file, file, image(), runtimes=ON_FILES).ok
-    assert not verify(file, bad, image(), runtimes=["reference"]).ok
+    alone = verify(file, bad, image(), runtimes=["reference"])
+    assert not alone.ok
+    assert "runtimes that ran" not in alone.reason
 
 
 def test_the_roles_change_where_the_reference_is_a_file(net: Net, file: Path) -> None:

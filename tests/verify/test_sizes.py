@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.export import Dim
 
 import graphsurgery as gs
+from graphsurgery.verify import TorchRunner, free_axes
 from graphsurgery.verify.inputs import as_inputs
 from graphsurgery.verify.sizes import merged_axes, size_axes_of, size_runs
 
@@ -61,6 +64,21 @@ def test_a_size_at_which_only_the_candidate_fails_is_a_failure() -> None:
     assert "cannot" in verdict.reason
 
 
+def test_rows_that_are_cases_and_whole_runs_at_other_sizes_are_judged_together() -> None:
+    class Map(nn.Module):
+        def __init__(self, slope: float) -> None:
+            super().__init__()
+            self.slope = slope
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x.sum(1) * self.slope)
+
+    for dynamic in (True, False):
+        kwargs = {"dynamic_batch": dynamic, "free_sizes": FREE}
+        assert gs.verify(Map(0.5), Map(0.5), picture(), **kwargs).ok
+        assert not gs.verify(Map(0.5), Map(0.5001), picture(), **kwargs).ok
+
+
 def test_sizes_that_the_reference_refuses_are_notes_and_others_are_found() -> None:
     verdict = gs.verify(Net(multiple=4), Net(multiple=4), picture(16, 8), free_sizes=FREE)
     assert verdict.ok
@@ -78,6 +96,19 @@ def test_tokens_and_mask_keep_one_length() -> None:
             assert leaves[0].shape == leaves[1].shape != ids.shape
             assert leaves[0].dtype == torch.int64
             assert bool(leaves[1].all())
+
+
+def test_the_sizes_that_are_tried() -> None:
+    example = as_inputs(torch.zeros(2, 3, 40, 12))
+    axes = size_axes_of(example, {0: {2: "h", 3: "w"}})
+    slots = [[batch.cases[0] for batch in slot] for slot in size_runs(example, axes)]
+    assert slots == [
+        ["h=25, w=7", "h=20, w=6"],
+        ["h=51, w=15", "h=80, w=24"],
+        ["h=51, w=7", "h=80, w=6", "h=80, w=12"],
+    ]
+    (small, large) = size_runs(as_inputs(torch.zeros(2, 2)), {"n": [(0, 1, 1, 0)]})
+    assert [[b.cases[0] for b in slot] for slot in (small, large)] == [["n=1"], ["n=5", "n=4"]]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +134,31 @@ def test_a_size_is_free_where_no_program_fixes_it() -> None:
     assert list(merged_axes(example, [free, [(1, 3)]])) == ["h", "w"]  # of another model
     assert dict(merged_axes(example, [])) == {}
     assert list(merged_axes(as_inputs(picture(10, 10)), [[(None, 3, None, None)]])) == ["size 10"]
+
+
+def test_graphs_and_files_tell_which_sizes_are_free(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, times: int) -> Tensor:
+            return torch.relu(x) * times
+
+    def file(height: int | str) -> Path:
+        shape = ["n", 3, height, "w"]
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:])
+        path = tmp_path / f"{height}.onnx"
+        onnx.save(helper.make_model(graph, ir_version=10), path)
+        return path
+
+    example = as_inputs((picture(), 2))
+    shapes = ({0: Dim("b"), 2: Dim("h"), 3: Dim("w")}, None)
+    graph = gs.capture(Scaled(), (picture(), 2), dynamic_shapes=shapes)
+    both = {"h": [(0, 2, 1, 0)], "w": [(0, 3, 1, 0)]}
+    assert free_axes(example, [graph]) == both
+    assert free_axes(example, [TorchRunner(graph), Scaled()]) == both
+    assert free_axes(example, [Scaled()]) == {}
+    assert free_axes(example, [graph, file("h")]) == both
+    assert free_axes(as_inputs({"x": picture()}), [file(12)]) == {"w": both["w"]}
+    assert free_axes(example, [graph], {0: {3: "wide"}}) == {"wide": both["w"]}
 
 
 def test_optimize_and_its_onnx_file_are_run_at_the_sizes_that_are_free(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphsurgery.capture import capture
 from graphsurgery.errors import VerificationError
 from graphsurgery.restore import restore
-from graphsurgery.verify import Baseline, Inputs, Verdict, verify
+from graphsurgery.verify import Baseline, Inputs, TorchRunner, Verdict, verify
 
 
 def generator(seed: int) -> torch.Generator:
@@ -363,9 +363,14 @@ def test_non_contiguous_and_scalar_outputs() -> None:
     def both(x: Tensor) -> Any:
         return x.transpose(1, 3), x.mean(), torch.view_as_complex(x[..., :2].contiguous())
 
-    assert verify(Returns(both), Returns(both), image()).ok
+    right = verify(Returns(both), Returns(both), image())
+    assert right.ok
+    assert right.reason.startswith("3 outputs, ")
     wrong = verify(Returns(both), Returns(lambda x: (*both(x)[:2], both(x)[2] * 1.001)), image())
     assert [output.ok for output in wrong.outputs] == [True, True, False]
+    assert wrong.reason == f"output '2': {wrong.outputs[2].reason}"
+    more = verify(Returns(both), Returns(lambda x: tuple(y * 1.001 for y in both(x))), image())
+    assert more.reason == f"output '0': {more.outputs[0].reason} (and 2 more outputs)"
 
 
 # -- NaN, infinity, integers, nothing -----------------------------------------------------------------------
@@ -384,6 +389,20 @@ def test_nan_and_infinity_must_agree_in_place_and_nan_is_warned_about() -> None:
     assert "got a finite value where the reference has NaN" in filled.reason
     infinite = verify(Returns(lambda x: x), Returns(lambda x: x / (x != x[0, 0, 0, 0])), image())
     assert "got +inf" in infinite.reason or "got -inf" in infinite.reason
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("right", [1.0, torch.inf, -torch.inf, torch.nan])
+def test_one_value_of_another_kind_is_named(right: float, wrong: float) -> None:
+    def last(value: float) -> nn.Module:
+        return Returns(lambda x: torch.cat([x.flatten(1)[:, :-1], torch.full_like(x[:, 0, 0, :1], value)], 1))
+
+    verdict = verify(last(right), last(wrong), image())
+    words = {torch.inf: "+inf", -torch.inf: "-inf", 1.0: "a finite value"}
+    assert verdict.ok == (words.get(right, "NaN") == words.get(wrong, "NaN"))
+    if not verdict.ok:
+        said = f"2 values differ in kind: got {words.get(wrong, 'NaN')} where the reference has "
+        assert f"{said}{words.get(right, 'NaN')}, first at [0, 242]" in verdict.reason
 
 
 def test_overflow_of_the_reference_alone_is_no_difference() -> None:
@@ -488,6 +507,10 @@ def test_modules_that_write_into_their_input_or_buffers() -> None:
 def test_random_forward_sees_the_same_numbers_on_both_sides() -> None:
     noisy = Returns(lambda x: x + torch.rand(x.shape, dtype=x.dtype))
     assert verify(noisy, Returns(lambda x: torch.rand(x.shape, dtype=x.dtype) + x), image()).ok
+    runner = TorchRunner(noisy)
+    first = runner.run(Inputs((image(),)))["output"]
+    torch.rand(1)  # whatever was drawn before
+    assert torch.equal(first, runner.run(Inputs((image(),)))["output"])
 
 
 def test_reference_that_raises_and_things_that_are_no_program() -> None:
@@ -536,6 +559,8 @@ def test_verdict_is_plain_data_and_text() -> None:
     assert verdict.seed == 4
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["ok"] is True
     assert "equal up to rounding" in str(verdict)
+    assert "\n  8 cases (example, normal, " in str(verdict)
+    assert "anchor: torch Sequential in float64" in str(verdict)
     assert verdict.raise_if_failed() is verdict
     native = verdict.outputs[0].native
     assert native is not None
