@@ -28,7 +28,11 @@ __all__ = ["capture"]
 
 
 def capture(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, dynamic_shapes: Any = None
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    copy: bool = True,
 ) -> fx.GraphModule:
     """Capture `model`, in evaluation mode, as a functional ATen graph.
 
@@ -36,11 +40,12 @@ def capture(
     dimension of the inputs) is free where the model allows it; where not, a note says why.
 
     Args:
-        model: An `nn.Module` (a traced `fx.GraphModule` too) or an `ExportedProgram`. It is not changed, and
-            the graph holds copies of its tensors.
+        model: An `nn.Module` (a traced `fx.GraphModule` too) or an `ExportedProgram`. It is not changed.
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs. An
             `ExportedProgram` may bring its own.
         dynamic_shapes: As for `torch.export.export`, for full control of which sizes are free.
+        copy: Whether the graph holds copies of the model's tensors. Without, it shares their memory: it takes
+            none of its own, and what is written into the one is written into the other.
 
     Returns:
         A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`. It, and
@@ -52,11 +57,11 @@ def capture(
     """
     with torch.inference_mode(False):
         if isinstance(model, ExportedProgram):
-            return _capture_program(model, example_inputs, dynamic_shapes)
-        return _capture_module(model, example_inputs, dynamic_shapes)
+            return _capture_program(model, example_inputs, dynamic_shapes, copy)
+        return _capture_module(model, example_inputs, dynamic_shapes, copy)
 
 
-def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, copy: bool) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}, expected an nn.Module, an fx.GraphModule or an "
@@ -78,13 +83,13 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
     with evaluated(model):  # as found: a run may have left something behind that export would bake in
         exported = export_model(model, inputs, dynamic_shapes)
     name = type(model).__name__
-    gm, more = _to_dialect(exported.program, name)
+    gm, more = _to_dialect(exported.program, name, copy)
     found = _differs(gm, inputs, expected)
     if found is not None and exported.dynamic and dynamic_shapes is None:
         # The example is a batch of one, the export was of two.
         with evaluated(model):
             exported = export_static(model, inputs, f"with a free batch {found}")
-        gm, more = _to_dialect(exported.program, name)
+        gm, more = _to_dialect(exported.program, name, copy)
         found = _differs(gm, inputs, expected)
     _require_same(name, inputs, found)
     names = input_names(gm)
@@ -97,7 +102,9 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
     return _record(gm, name, inputs, sizes, rules, dynamic=exported.dynamic, notes=notes, unchecked=unchecked)
 
 
-def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+def _capture_program(
+    program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any, copy: bool
+) -> fx.GraphModule:
     if dynamic_shapes is not None:
         raise CaptureError(
             "dynamic_shapes cannot change an ExportedProgram; pass them to torch.export.export."
@@ -117,7 +124,7 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] or "ExportedProgram"
     with quiet():
         reference = program.module(check_guards=False)
-    gm, notes = _to_dialect(program, name)
+    gm, notes = _to_dialect(program, name, copy)
     expected = run_model(reference, inputs)
     _require_same(name, inputs, _differs(gm, inputs, expected))
     dynamic = bool(free_carriers(program, inputs.carriers()[:1]))
@@ -126,15 +133,15 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     return _record(gm, name, inputs, sizes, rules, dynamic=dynamic, notes=notes, unchecked=unchecked)
 
 
-def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def _to_dialect(program: ExportedProgram, name: str, copy: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Return the graph in the dialect, and notes."""
-    gm, written = unlift(program, name)
+    gm, written = unlift(program, name, copy=copy)
     refuse_foreign(gm)
     try:
         inputs = functionalize(gm)
     except NotSubstitutable:
         with quiet(), torch.no_grad():
-            gm, written = unlift(program.run_decompositions({}), name)
+            gm, written = unlift(program.run_decompositions({}), name, copy=copy)
         refuse_foreign(gm)
         inputs = ()
     state = {**dict(gm.named_buffers()), **dict(gm.named_parameters())}

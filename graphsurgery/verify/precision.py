@@ -91,9 +91,17 @@ def _promote(value: Any) -> Any:
     return value
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """Return a deep copy in eval semantics that shares no storage with `module` and needs no gradient."""
+def copy_module(module: nn.Module, shared: Sequence[Tensor] = ()) -> nn.Module:
+    """Return a deep copy in eval semantics that needs no gradient.
+
+    Args:
+        module: The module.
+        shared: The tensors whose memory it shares with `module`; of all others it has copies.
+    """
     memo: dict[int, Any] = {}
+    for tensor in shared:
+        own = tensor.detach()
+        memo[id(tensor)] = nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
     for part in module.modules():
         for value in (*vars(part).values(), *part.buffers(recurse=False)):
             if isinstance(value, Tensor) and value.grad_fn is not None:

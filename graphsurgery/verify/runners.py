@@ -6,6 +6,7 @@ reference says how to run the same program in float64 and with its data moved by
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
+from graphsurgery.sharing import WriteGuard, is_large, large_tensors
 from graphsurgery.verify.inputs import Inputs
-from graphsurgery.verify.large import LargeRunner, is_large
+from graphsurgery.verify.large import LargeRunner
 from graphsurgery.verify.precision import (
     Float64Mode,
     Nudger,
@@ -94,11 +96,13 @@ class TorchRunner:
     """A module in torch's eager mode, in eval semantics, without gradients.
 
     The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks
-    of the caller stay as they are. The global random state is restored after each run, and every run starts
-    from one seed.
+    of the caller stay as they are. The copy of a large module shares the memory of its large tensors, into
+    which no run writes: what would be written there is put back after it. The global random state is restored
+    after each run, and every run starts from one seed.
 
     Args:
         module: The program.
+        share: Whether the copy of a large module may share memory.
 
     Attributes:
         structure: What the latest run returned, as `structure_text` says it; empty before the first.
@@ -107,15 +111,16 @@ class TorchRunner:
         VerificationError: It cannot be copied.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, share: bool = True) -> None:
         self.name = f"torch {type(module).__name__}"
         self.structure = ""
         self.module = module
+        self._shared = large_tensors(module) if share else []
         self._copy = self._fresh()
 
     def _fresh(self) -> nn.Module:
         try:
-            return copy_module(self.module)
+            return copy_module(self.module, self._shared)
         except Exception as error:  # deepcopy runs the code of the caller's classes
             raise VerificationError(
                 f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
@@ -123,7 +128,8 @@ class TorchRunner:
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes."""
-        found = _returned(self._copy, inputs)
+        with WriteGuard(self._shared) if self._shared else contextlib.nullcontext():
+            found = _returned(self._copy, inputs)
         self.structure = structure_text(found)
         return flatten_outputs(found)
 
@@ -163,7 +169,7 @@ class TorchRunner:
     ) -> Runner:
         """Return the runner with all weights turned at once, for a large module layer by layer."""
         if is_large(self._copy):
-            return LargeRunner(name, whole, self._copy, _call, double, moved)
+            return LargeRunner(name, whole, self._copy, _call, double, moved, self._shared)
         return whole()
 
 
@@ -176,7 +182,7 @@ class CompiledRunner:
 
     def __init__(self, module: nn.Module) -> None:
         self.name = f"torch.compile {type(module).__name__}"
-        self._compiled: Any = torch.compile(TorchRunner(module)._copy)
+        self._compiled: Any = torch.compile(TorchRunner(module, share=False)._copy)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes; the first run of a shape compiles."""
