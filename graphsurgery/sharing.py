@@ -1,4 +1,4 @@
-"""Large models are shared, not copied: what counts as large, and how what shares their memory is kept as it was.
+"""Large models are shared, not copied: which are large, and how what shares their memory stays as it was.
 
 A copy of a model of several gigabytes costs more than all else that is done with it. So its large tensors are
 used where they lie, and a run of code that is not ours is watched: a tensor is copied just before the first
@@ -22,7 +22,7 @@ LARGE_BYTES = 2**28
 """Models of more bytes than this are shared; smaller ones are copied, which is simpler and no dearer."""
 
 SMALL_BYTES = 2**20
-"""Tensors of no more bytes than this are copied also of a large model: its counters, statistics and tables."""
+"""Tensors up to this are copied of a large model too: its counters, statistics and tables."""
 
 
 def is_large(module: nn.Module) -> bool:
@@ -86,8 +86,8 @@ def _held(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
 class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts back what is written into the memory of some tensors while it is entered.
 
-    Every call through torch is seen, those on `.data` and on views too. What writes behind torch's back (numpy,
-    an operator that does not declare it) is not.
+    Every call through torch is seen, those on `.data` and on views too. What writes behind torch's back
+    (numpy, an operator that does not declare it) is not.
 
     Args:
         tensors: The tensors, plain and dense.
@@ -119,8 +119,8 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 key = _storage_key(tensor)
-                if key in self._storages and key not in self._saved:
-                    self._saved[key] = self._storages[key].clone()
+                if key is not None and key in self._storages and key not in self._saved:
+                    self._saved[key] = self._storages[key].clone()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         """Put back what was written."""
@@ -134,6 +134,6 @@ def _storage_key(value: Any) -> int | None:
     if not isinstance(value, torch.Tensor):
         return None
     try:
-        return value.untyped_storage()._cdata
+        return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and wrapped tensors have no memory of their own
         return None

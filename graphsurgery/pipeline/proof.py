@@ -123,7 +123,7 @@ class Proof:
             self._baselines[axes] = made
         return self._baselines[axes]
 
-    def handed_out(self, result: ManagerResult) -> tuple[ManagerResult, fx.GraphModule]:
+    def handed_out(self, result: ManagerResult) -> tuple[ManagerResult, nn.Module]:
         """Give a result memory of its own, apart from the original's; return it, and what is restored of it.
 
         Up to here graphs share the memory of the original, so that what no pass has changed is held once.

@@ -1,8 +1,8 @@
 """Large modules in float64, or with moved weights, without a second set of their weights.
 
-Modules of more bytes than `graphsurgery.sharing.LARGE_BYTES` are not held a second time in another precision or
-with moved weights: each weight is turned when a call reads it, and let go. That takes longer than to turn all
-of them once.
+Modules of more bytes than `graphsurgery.sharing.LARGE_BYTES` are not held a second time in another precision
+or with moved weights: each weight is turned when a call reads it, and let go. That takes longer than to turn
+all of them once.
 """
 
 from __future__ import annotations
