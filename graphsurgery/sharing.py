@@ -8,6 +8,7 @@ call that writes into its memory, and put back after the run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from graphsurgery.graph import copy_graph_module
 
-__all__ = ["LARGE_BYTES", "SMALL_BYTES", "WriteGuard", "is_large", "large_tensors", "own_memory"]
+__all__ = ["LARGE_BYTES", "SMALL_BYTES", "WriteGuard", "is_large", "large_tensors", "own_memory", "put_back"]
 
 LARGE_BYTES = 2**28
 """Models of more bytes than this are shared; smaller ones are copied, which is simpler and no dearer."""
@@ -81,6 +82,11 @@ def _held(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
     for part in module.modules():
         tables += [part._parameters, part._buffers, part.__dict__]
     return [(t, name, value) for t in tables for name, value in t.items() if isinstance(value, torch.Tensor)]
+
+
+def put_back(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
+    """Return a context at whose end `tensors` hold what they held; nothing is watched where there are none."""
+    return WriteGuard(tensors) if tensors else nullcontext()
 
 
 class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]

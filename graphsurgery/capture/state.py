@@ -12,7 +12,7 @@ from torch import nn
 from graphsurgery.digest import tensor_digest
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import tensor_bytes
-from graphsurgery.sharing import WriteGuard, large_tensors
+from graphsurgery.sharing import large_tensors, put_back
 
 __all__ = ["check_supported", "evaluated", "kept", "unwrap"]
 
@@ -90,11 +90,12 @@ def kept(model: nn.Module) -> Iterator[None]:
     ]
     # Writes through `.data` leave no trace in the version counter, so the values themselves are compared.
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
-    guarded = {id(tensor): tensor_digest(tensor) for tensor in large_tensors(model)}
+    large = large_tensors(model)
+    guarded = {id(tensor): tensor_digest(tensor) for tensor in large}
     memories = [(tensor, tensor.detach()) for tensor in tensors]
     values = [(memory, memory.clone()) for tensor, memory in memories if id(tensor) not in guarded]
     try:
-        with WriteGuard(memory for tensor, memory in memories if id(tensor) in guarded):
+        with put_back(large):
             yield
     finally:
         for table, entries in tables:

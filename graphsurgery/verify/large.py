@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from graphsurgery.sharing import WriteGuard
+from graphsurgery.sharing import put_back
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.precision import Float64Mode, Nudger, state_of, to_float64
 
@@ -108,8 +108,7 @@ class LargeRunner:
         # Made before the float64 mode is entered, under which it would read all weights in float64.
         turned = TurnedMode(self._module, *self._moved, double=self._double) if self._moved else None
         with ExitStack() as modes:
-            if self._shared:
-                modes.enter_context(WriteGuard(self._shared))
+            modes.enter_context(put_back(self._shared))
             if self._double:
                 modes.enter_context(Float64Mode(Nudger(self._moved[1], 0.5) if self._moved else None))
             if turned is not None:  # entered last, it sees each call first

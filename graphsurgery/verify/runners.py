@@ -6,7 +6,6 @@ reference says how to run the same program in float64 and with its data moved by
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
-from graphsurgery.sharing import WriteGuard, is_large, large_tensors
+from graphsurgery.sharing import is_large, large_tensors, put_back
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.large import LargeRunner
 from graphsurgery.verify.precision import (
@@ -96,16 +95,16 @@ class TorchRunner:
     """A module in torch's eager mode, in eval semantics, without gradients.
 
     The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks
-    of the caller stay as they are. The copy of a large module shares the memory of its large tensors, into
-    which no run writes: what would be written there is put back after it. The global random state is restored
-    after each run, and every run starts from one seed.
+    of the caller stay as they are. The copy of a large module shares the memory of its large tensors; what a
+    run writes there is put back. The global random state is restored after each run, which starts from one
+    seed.
 
     Args:
         module: The program.
         share: Whether the copy of a large module may share memory.
 
     Attributes:
-        structure: What the latest run returned, as `structure_text` says it; empty before the first.
+        structure: The latest run's return value in the words of `structure_text`; empty before the first.
 
     Raises:
         VerificationError: It cannot be copied.
@@ -122,13 +121,12 @@ class TorchRunner:
         try:
             return copy_module(self.module, self._shared)
         except Exception as error:  # deepcopy runs the code of the caller's classes
-            raise VerificationError(
-                f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
-            ) from error
+            said = f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
+            raise VerificationError(said) from error
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes."""
-        with WriteGuard(self._shared) if self._shared else contextlib.nullcontext():
+        with put_back(self._shared):
             found = _returned(self._copy, inputs)
         self.structure = structure_text(found)
         return flatten_outputs(found)
@@ -147,7 +145,7 @@ class TorchRunner:
         return self._runner(name, whole, True, None)
 
     def float64_stored(self, seed: int) -> Runner:
-        """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
+        """Return a float64 runner whose parameters are off as by rounding to their own dtype."""
         name = f"{self.name} in float64, rounded"
 
         def whole() -> Runner:
@@ -398,7 +396,6 @@ def match_feeds(
             not isinstance(size, int) or size == there for size, there in zip(shape, given.shape, strict=True)
         )
         if not fits:
-            raise VerificationError(
-                f"input {name!r} of {where} has shape {list(shape)}, got {list(given.shape)}"
-            )
+            said = f"input {name!r} of {where} has shape {list(shape)}, got {list(given.shape)}"
+            raise VerificationError(said)
     return feeds
