@@ -85,7 +85,7 @@ def _held(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
 
 
 def put_back(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
-    """Return a context at whose end `tensors` hold what they held; nothing is watched where there are none."""
+    """Return a context at whose end `tensors` hold what they held; where there are none it does nothing."""
     return WriteGuard(tensors) if tensors else nullcontext()
 
 

@@ -45,6 +45,11 @@ class Ledger:
             self._seen[id(tensor)] = (tensor, _version(tensor), tensor_digest(tensor))
         return self._seen[id(tensor)][2]
 
+    def keep(self, graphs: Iterable[fx.GraphModule]) -> None:
+        """Let go of all tensors that none of these graphs holds: those of runs that were thrown away."""
+        held = {id(tensor) for gm in graphs for _, tensor in held_tensors(gm)}
+        self._seen = {key: seen for key, seen in self._seen.items() if key in held}
+
     def written(self, *, contents: bool) -> frozenset[int]:
         """`id` of every tensor that no longer holds what it held.
 

@@ -65,7 +65,7 @@ class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value.is_complex() or not self._double:  # complex numbers are not moved
             return self._nudger.moved(value, offset, None)
         unit = torch.finfo(value.dtype).eps
-        return self._nudger.moved(value.detach().double(), offset, unit)
+        return self._nudger.moved(value, offset, unit, torch.float64)
 
 
 class LargeRunner:

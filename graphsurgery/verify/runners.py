@@ -384,10 +384,8 @@ def match_feeds(
     elif len(tensors) == len(wanted):
         feeds = dict(zip(wanted, tensors, strict=True))
     else:
-        raise VerificationError(
-            f"{where} has {len(wanted)} inputs ({', '.join(wanted)}), got {len(tensors)}; "
-            "pass a mapping from input name to tensor"
-        )
+        had = f"{where} has {len(wanted)} inputs ({', '.join(wanted)}), got {len(tensors)}"
+        raise VerificationError(f"{had}; pass a mapping from input name to tensor")
     for name, (dtype, shape) in wanted.items():
         given = feeds[name]
         if dtype is not None and dtype != given.dtype:
