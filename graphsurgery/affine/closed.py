@@ -186,7 +186,8 @@ def _places(kernel: Kernel, windows: Sequence[tuple[int, int, int, int]]) -> tup
 def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     """Weight and bias of a form in closed form, or None where kernels do not follow a call.
 
-    A map of shifts is not among them, nor a bias at the border: these are read off a run on zeros.
+    They may be constants of the graph as they stand there, so nothing may be written into them. A map of
+    shifts is not among them, nor a bias at the border: these are read off a run on zeros.
     """
     if "weight" not in form.slots or form.axes.gone != region.axes.gone or form.transposed:
         return None
