@@ -48,6 +48,8 @@ class Block(nn.Module):
         hidden = 4 * width
         self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        nn.init.uniform_(self.norm1.weight, 0.5, 1.5)
+        nn.init.uniform_(self.norm2.weight, 0.5, 1.5)
         self.q, self.k, self.v, self.o = (LoraLinear(width, width) for _ in range(4))
         self.gate, self.up, self.down = (
             LoraLinear(width, hidden),

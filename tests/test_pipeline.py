@@ -279,7 +279,7 @@ def test_a_wrong_restore_is_no_passs_fault(
             module.conv.weight = nn.Parameter(module.conv.weight * 1.01)
         return module
 
-    monkeypatch.setattr(pipeline, "restore", wrong)
+    monkeypatch.setattr(pipeline.proof, "restore", wrong)
     with pytest.raises(gs.VerificationError, match="restored from the graph differs"):
         gs.optimize(net, image)
 
@@ -288,7 +288,7 @@ def test_a_wrong_restore_is_no_passs_fault(
 def test_a_wrong_capture_is_no_passs_fault(
     net: nn.Module, image: Tensor, monkeypatch: pytest.MonkeyPatch, verify: Any
 ) -> None:
-    def wrong(model: Any, inputs: Any, *, dynamic_shapes: Any) -> fx.GraphModule:
+    def wrong(model: Any, inputs: Any, *, dynamic_shapes: Any, copy: bool) -> fx.GraphModule:
         return WrongWeight().run(gs.capture(model, inputs)).graph_module
 
     monkeypatch.setattr(pipeline, "capture", wrong)

@@ -98,7 +98,10 @@ class Kernel:
             windows.append((s, first, distance, (last - first) // distance + 1))
         groups = gcd(self.groups, other.groups)
         a, b = (k.regrouped(groups).on(windows) for k in (self, other))
-        return Kernel(left * a.weight + right * b.weight, left * a.bias + right * b.bias, groups, a.reads)
+        scaled = a.weight if left == 1.0 else left * a.weight  # of a large matrix every copy counts
+        return Kernel(
+            torch.add(scaled, b.weight, alpha=right), left * a.bias + right * b.bias, groups, a.reads
+        )
 
     def on(self, windows: Sequence[tuple[int, int, int, int]]) -> Kernel:
         """The same on wider windows (stride, first, distance, taps) that hold its own; zeros between."""
@@ -131,9 +134,9 @@ class Kernel:
         inner = self.regrouped(common)
         outer = Kernel(weight, bias, groups, tuple(reads)).regrouped(common)
         out, middle, each = weight.shape[0] // common, outer.weight.shape[1], inner.weight.shape[1]
-        result = weight.new_zeros(common, out, each, *(n for *_, n in windows))
         blocks = inner.weight.reshape(common, middle, -1)
         rows = outer.weight.reshape(common, out, middle, *weight.shape[2:])
+        result: torch.Tensor | None = None
         for tap in product(*(range(n) for n in weight.shape[2:])):
             index: tuple[Any, ...] = (..., *tap)
             part = (rows[index] @ blocks).reshape(common, out, each, *self.taps)
@@ -141,8 +144,15 @@ class Kernel:
                 (s * s2, s * (lo2 + j * step2) + lo, step)
                 for j, (s, lo, step), (s2, lo2, step2) in zip(tap, self.reads, reads, strict=True)
             )
+            if result is None and list(part.shape[3:]) == [n for *_, n in windows]:
+                result = part
+                continue
+            if result is None:
+                result = weight.new_zeros(common, out, each, *(n for *_, n in windows))
             places = _places(replace(self, reads=moved), windows)
             result[(slice(None), slice(None), slice(None), *places)] += part
+        if result is None:
+            raise ValueError("the layer has no taps")
         summed = rows.reshape(common, out, middle, -1).sum(3)
         shift = (summed @ self.bias.reshape(common, middle, 1)).flatten()
         shape = (common * out, each, *result.shape[3:])
@@ -152,14 +162,17 @@ class Kernel:
         self, weight: torch.Tensor, bias: torch.Tensor, groups: int, reads: tuple[tuple[int, int, int], ...]
     ) -> Kernel:
         """`then` where each channel so far is one entry channel, scaled and shifted."""
-        each, out = weight.shape[1], weight.shape[0] // groups
 
         def columns(values: torch.Tensor) -> torch.Tensor:
-            rows = values.reshape(groups, 1, each).expand(groups, out, each)
-            return rows.reshape(groups * out, each, *[1] * len(reads))
+            return values.reshape(groups, 1, weight.shape[1], *[1] * len(reads))
 
-        shift = (weight * columns(self.bias)).reshape(len(weight), -1).sum(1)
-        return Kernel(weight * columns(self.weight.flatten()), shift + bias, groups, reads)
+        parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        shift = bias
+        if bool(self.bias.any()):
+            shift = (parts * columns(self.bias)).reshape(len(weight), -1).sum(1) + bias
+        if bool((self.weight == 1).all()):
+            return Kernel(weight, shift, groups, reads)
+        return Kernel((parts * columns(self.weight)).reshape(weight.shape), shift, groups, reads)
 
 
 def _places(kernel: Kernel, windows: Sequence[tuple[int, int, int, int]]) -> tuple[slice, ...]:
@@ -173,7 +186,8 @@ def _places(kernel: Kernel, windows: Sequence[tuple[int, int, int, int]]) -> tup
 def closed_form(region: Region, form: Form) -> dict[str, torch.Tensor] | None:
     """Weight and bias of a form in closed form, or None where kernels do not follow a call.
 
-    A map of shifts is not among them, nor a bias at the border: these are read off a run on zeros.
+    They may be constants of the graph as they stand there, so nothing may be written into them. A map of
+    shifts is not among them, nor a bias at the border: these are read off a run on zeros.
     """
     if "weight" not in form.slots or form.axes.gone != region.axes.gone or form.transposed:
         return None

@@ -57,6 +57,7 @@ def _of_layer(region: Region, form: Form) -> torch.Tensor | None:
     size.insert(1 if form.transposed else 2, prod(roles.entry_sizes[a] for a in roles.gone))
     order = [which for which in form.spatial if which is not None] or list(range(len(roles.windowed)))
     windows = [facing(roles.atoms[label], form.transposed) for label in roles.windowed]
-    kernel = slots["weight"].reshape(*size, *(windows[which].taps for which in order))
+    weight = slots["weight"].clone()  # it may be the constant of the graph itself, and the caller's to keep
+    kernel = weight.reshape(*size, *(windows[which].taps for which in order))
     back = (3 + order.index(which) for which in range(len(windows)))
     return kernel.permute(*((0, 2, 1) if form.transposed else (0, 1, 2)), *back)

@@ -11,7 +11,9 @@ from graphsurgery.affine.atoms import NoFold
 from graphsurgery.affine.certify import LIMIT, residual
 from graphsurgery.affine.coefficients import Coefficients, fill
 from graphsurgery.affine.emit import Emitted, emit
+from graphsurgery.affine.forms import Form
 from graphsurgery.affine.region import Region
+from graphsurgery.affine.rows import gather, parts
 from graphsurgery.affine.search import Fold
 from graphsurgery.values import tensor_meta
 
@@ -62,25 +64,39 @@ def prepare(fold: Fold, memory_budget: int) -> Ready:
         NoFold: the coefficients are not finite, do not fit the dtype, or fail the certificate; a bug of the
             engine is refused in the same way (code `internal`).
     """
-    region = fold.region
+    region, form = fold.region, fold.option.form
     try:
-        with region.scope.holding_constants():
-            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
-                filled = fill(region, fold.option.form, memory_budget)
-            deviation = residual(region, filled.form, filled.slots)
-        stored = _stored(region, filled)
-        if not deviation <= LIMIT:
-            raise NoFold(
-                "certificate",
-                f"the folded form deviates from the original by {deviation:.1e} in float64, expected at most "
-                f"{LIMIT:.0e}; please report this",
-            )
+        split = parts(region, form)
+        if split is None:
+            return Ready(region, *_certified(region, form, memory_budget))
+        slots: dict[str, torch.Tensor] = {}
+        deviation, method = 0.0, ""
+        for rows in split:
+            filled, found = _certified(rows.region, rows.form, memory_budget)
+            gather(slots, rows, filled.slots, form)
+            deviation, method = max(deviation, found), filled.method
+        return Ready(region, Coefficients(form, slots, method), deviation)
     except NoFold:
         raise
     except Exception as error:  # nothing is written yet: a bug costs one fold, not all
         reason = f"the fold could not be computed ({type(error).__name__}: {error}); please report this"
         raise NoFold("internal", reason) from error
-    return Ready(region, stored, deviation)
+
+
+def _certified(region: Region, form: Form, memory_budget: int) -> tuple[Coefficients, float]:
+    """The coefficients of a form as the model will hold them, and the residual of their certificate."""
+    with region.scope.holding_constants():
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+            filled = fill(region, form, memory_budget)
+        deviation = residual(region, filled.form, filled.slots)
+    stored = _stored(region, filled)
+    if not deviation <= LIMIT:
+        raise NoFold(
+            "certificate",
+            f"the folded form deviates from the original by {deviation:.1e} in float64, expected at most "
+            f"{LIMIT:.0e}; please report this",
+        )
+    return stored, deviation
 
 
 def _stored(region: Region, filled: Coefficients) -> Coefficients:

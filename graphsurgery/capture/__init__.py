@@ -41,7 +41,11 @@ _FIXED = (
 
 
 def capture(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, dynamic_shapes: Any = None
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    copy: bool = True,
 ) -> fx.GraphModule:
     """Capture `model`, in evaluation mode, as a functional ATen graph.
 
@@ -49,11 +53,12 @@ def capture(
     dimension of the inputs) is free where the model allows it; where not, a note says why.
 
     Args:
-        model: An `nn.Module` (a traced `fx.GraphModule` too) or an `ExportedProgram`. It is not changed, and
-            the graph holds copies of its tensors.
+        model: An `nn.Module` (a traced `fx.GraphModule` too) or an `ExportedProgram`. It is not changed.
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs. An
             `ExportedProgram` may bring its own.
         dynamic_shapes: As for `torch.export.export`, for full control of which sizes are free.
+        copy: Whether the graph holds copies of the model's tensors. Without, it shares their memory: it takes
+            none of its own, and what is written into the one is written into the other.
 
     Returns:
         A graph module with the model's signature, whose `meta["graphsurgery"]` is a `CaptureInfo`. It, and
@@ -65,11 +70,11 @@ def capture(
     """
     with torch.inference_mode(False):
         if isinstance(model, ExportedProgram):
-            return _capture_program(model, example_inputs, dynamic_shapes)
-        return _capture_module(model, example_inputs, dynamic_shapes)
+            return _capture_program(model, example_inputs, dynamic_shapes, copy)
+        return _capture_module(model, example_inputs, dynamic_shapes, copy)
 
 
-def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, copy: bool) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}, expected an nn.Module, an fx.GraphModule or an "
@@ -91,7 +96,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
     with evaluated(model):  # as found: a run may have left something behind that export would bake in
         exported = export_model(model, inputs, dynamic_shapes)
     name, free = type(model).__name__, free_sizes(exported.program)
-    gm, more = _to_dialect(exported.program, name)
+    gm, more = _to_dialect(exported.program, name, copy)
     found = _differs(gm, inputs, expected)
     fixed = free - free_sizes(exported.program)
     if fixed and dynamic_shapes is not None:
@@ -102,7 +107,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
         reason = f"with a free batch {found}" if found is not None else _FIXED
         with evaluated(model):
             exported = export_static(model, inputs, reason)
-        gm, more = _to_dialect(exported.program, name)
+        gm, more = _to_dialect(exported.program, name, copy)
         found = _differs(gm, inputs, expected)
     _require_same(name, inputs, found)
     names = input_names(gm)
@@ -115,7 +120,9 @@ def _capture_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) 
     return _record(gm, name, inputs, sizes, rules, dynamic=exported.dynamic, notes=notes, unchecked=unchecked)
 
 
-def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+def _capture_program(
+    program: ExportedProgram, example_inputs: Any, dynamic_shapes: Any, copy: bool
+) -> fx.GraphModule:
     if dynamic_shapes is not None:
         raise CaptureError(
             "dynamic_shapes cannot change an ExportedProgram; pass them to torch.export.export."
@@ -136,7 +143,7 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     with quiet():
         reference = program.module(check_guards=False)
     free = free_sizes(program)
-    gm, notes = _to_dialect(program, name)
+    gm, notes = _to_dialect(program, name, copy)
     if free - free_sizes(program):
         notes = (*notes, f"captured with fixed sizes: {_FIXED}")
     expected = run_model(reference, inputs)
@@ -147,15 +154,15 @@ def _capture_program(program: ExportedProgram, example_inputs: Any, dynamic_shap
     return _record(gm, name, inputs, sizes, rules, dynamic=dynamic, notes=notes, unchecked=unchecked)
 
 
-def _to_dialect(program: ExportedProgram, name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def _to_dialect(program: ExportedProgram, name: str, copy: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Return the graph in the dialect, and notes."""
-    gm, written = unlift(program, name)
+    gm, written = unlift(program, name, copy=copy)
     refuse_foreign(gm)
     try:
         inputs = functionalize(gm)
     except NotSubstitutable:
         with quiet(), torch.no_grad():
-            gm, written = unlift(program.run_decompositions({}), name)
+            gm, written = unlift(program.run_decompositions({}), name, copy=copy)
         refuse_foreign(gm)
         inputs = ()
     state = {**dict(gm.named_buffers()), **dict(gm.named_parameters())}

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphsurgery.digest import tensor_digest
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import tensor_bytes
+from graphsurgery.sharing import large_tensors, put_back
 
 __all__ = ["check_supported", "evaluated", "kept", "unwrap"]
 
@@ -74,7 +76,10 @@ def kept(model: nn.Module) -> Iterator[None]:
 
     No method of the user's is called for that (`train()` is sometimes overridden to rewrite weights):
     training flags, attributes (and what dicts and lists among them hold), parameters and buffers are put back
-    directly.
+    directly. The large tensors of a large model are copied only before something writes into them.
+
+    Raises:
+        CaptureError: A large tensor was written other than through torch, so that it cannot be put back.
     """
     modules = list(model.modules())
     tables = [(module.__dict__, dict(module.__dict__)) for module in modules]
@@ -85,9 +90,13 @@ def kept(model: nn.Module) -> Iterator[None]:
     ]
     # Writes through `.data` leave no trace in the version counter, so the values themselves are compared.
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
-    values = [(tensor, tensor.detach(), tensor.detach().clone()) for tensor in tensors]
+    large = large_tensors(model)
+    guarded = {id(tensor): tensor_digest(tensor) for tensor in large}
+    memories = [(tensor, tensor.detach()) for tensor in tensors]
+    values = [(memory, memory.clone()) for tensor, memory in memories if id(tensor) not in guarded]
     try:
-        yield
+        with put_back(large):
+            yield
     finally:
         for table, entries in tables:
             if not _same(list(table), list(entries)) or not _same(
@@ -99,11 +108,24 @@ def kept(model: nn.Module) -> Iterator[None]:
             if not _same(items, saved):
                 items[:] = saved
         with torch.no_grad():
-            for tensor, memory, value in values:
+            for tensor, memory in memories:
                 if tensor.data_ptr() != memory.data_ptr():
                     tensor.data = memory
+            for memory, value in values:
                 if not torch.equal(tensor_bytes(memory), tensor_bytes(value)):
                     memory.copy_(value)
+        _require_as_before(model, guarded)
+
+
+def _require_as_before(model: nn.Module, digests: dict[int, bytes]) -> None:
+    names = (*model.named_parameters(), *model.named_buffers()) if digests else ()
+    lost = [name for name, t in names if id(t) in digests and tensor_digest(t) != digests[id(t)]]
+    if lost:
+        raise CaptureError(
+            f"running {type(model).__name__} wrote into {', '.join(lost)} other than through torch, and a "
+            "tensor of that size is not copied before: expected a forward that leaves its parameters as they "
+            "are; load the model anew and take the write out of it"
+        )
 
 
 def _same(left: list[Any], right: list[Any]) -> bool:

@@ -20,11 +20,17 @@ _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 class _Tensors:
-    """Copies of the program's tensors; what shares memory exactly becomes one object."""
+    """The graph's own tensors, one for each of the program's; what shares memory exactly becomes one object.
 
-    def __init__(self, program: ExportedProgram) -> None:
+    Args:
+        program: The program.
+        copy: Whether they are copies; else they share the memory of the program's.
+    """
+
+    def __init__(self, program: ExportedProgram, *, copy: bool) -> None:
         self._program = program
-        self._copies: dict[Any, torch.Tensor] = {}
+        self._copy = copy
+        self._made: dict[Any, torch.Tensor] = {}
 
     def __call__(self, name: str, *, parameter: bool) -> torch.Tensor:
         state, constants = self._program.state_dict, self._program.constants
@@ -40,14 +46,22 @@ class _Tensors:
             )
         where = (value.untyped_storage().data_ptr(), value.storage_offset())
         key = (*where, value.shape, value.stride(), value.dtype, parameter) if where[0] else id(value)
-        if key not in self._copies:
-            copy = value.detach().clone()
-            self._copies[key] = nn.Parameter(copy, requires_grad=value.requires_grad) if parameter else copy
-        return self._copies[key]
+        if key not in self._made:
+            own = value.detach().clone() if self._copy else value.detach()
+            self._made[key] = nn.Parameter(own, requires_grad=value.requires_grad) if parameter else own
+        return self._made[key]
 
 
-def unlift(program: ExportedProgram, model_name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Build the graph module of an exported program; nothing is shared with the program but fake values.
+def unlift(
+    program: ExportedProgram, model_name: str, *, copy: bool = True
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Build the graph module of an exported program.
+
+    Args:
+        program: The program.
+        model_name: Name of the class of the graph module.
+        copy: Whether the graph holds copies of the tensors; else nothing is shared but their memory and fake
+            values.
 
     Returns:
         The graph module, and the names of the buffers and inputs that the program writes at its end.
@@ -57,7 +71,7 @@ def unlift(program: ExportedProgram, model_name: str) -> tuple[fx.GraphModule, t
     """
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=model_name)
     graph = fx.Graph()
-    tensors = _Tensors(program)
+    tensors = _Tensors(program, copy=copy)
     values: dict[fx.Node, fx.Node] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     written: tuple[str, ...] = ()

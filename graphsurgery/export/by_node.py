@@ -84,7 +84,9 @@ class NodeByNode:
                     f"a node of unknown type cannot be run by itself"
                 )
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
-        self._sessions: dict[tuple[int, tuple[torch.dtype, ...]], OnnxSession] = {}
+        # One for all nodes that do the same: a session takes about a megabyte, and many times longer to make
+        # than to run.
+        self._sessions: dict[tuple[bytes, tuple[torch.dtype, ...]], OnnxSession] = {}
         self.output_names = tuple(value.name for value in graph.output)
         self.inputs: dict[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]] = {
             value.name: (_torch_dtype(value.type.tensor_type.elem_type), _shape(value))
@@ -106,54 +108,71 @@ class NodeByNode:
         last = {name: place for place, node in enumerate(nodes) for name in node.input}
         values = {name: tensor.detach().cpu() for name, tensor in feeds.items()}
         for place, node in enumerate(nodes):
-            values.update(self._run_node(place, node, values))
+            values.update(self._run_node(node, values))
             for name in {*node.input, *node.output}:
                 if last.get(name, -1) <= place and name not in self.output_names:
                     values.pop(name, None)
         return {name: values[name] if name in values else self._weight(name) for name in self.output_names}
 
-    def _run_node(self, place: int, node: onnx.NodeProto, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run_node(self, node: onnx.NodeProto, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {
             name: _widened(values[name] if name in values else self._weight(name))
             for name in node.input
             if name
         }
-        key = (place, tuple(tensor.dtype for tensor in given.values()))
+        alone, inputs, outputs = _alone(node)
+        key = alone.SerializeToString(deterministic=True), tuple(tensor.dtype for tensor in given.values())
         if key not in self._sessions:
-            self._sessions[key] = self._session(node, given)
-        found = self._sessions[key].run(given)
+            self._sessions[key] = self._session(alone, {inputs[name]: given[name] for name in given})
+        found = self._sessions[key].run({inputs[name]: tensor for name, tensor in given.items()})
         return {
-            name: tensor.to(torch.bfloat16) if self._kinds.get(name) == _BF16 else tensor
-            for name, tensor in found.items()
+            name: found[own].to(torch.bfloat16) if self._kinds.get(name) == _BF16 else found[own]
+            for name, own in outputs.items()
         }
 
-    def _session(self, node: onnx.NodeProto, given: Mapping[str, Tensor]) -> OnnxSession:
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
-        for attribute in copied.attribute:
-            if attribute.HasField("t") and attribute.t.data_type == _BF16:
-                array = numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
-            if attribute.name in {"to", "dtype", "output_dtype"} and attribute.i == _BF16:
-                attribute.i = TensorProto.FLOAT
+    def _session(self, alone: onnx.NodeProto, given: Mapping[str, Tensor]) -> OnnxSession:
         inputs = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype), None)
             for name, tensor in given.items()
         ]
-        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
-        graph = helper.make_graph([copied], node.op_type, inputs, outputs)
+        outputs = [onnx.ValueInfoProto(name=name) for name in alone.output if name]
+        graph = helper.make_graph([alone], alone.op_type, inputs, outputs)
         model = helper.make_model(graph, opset_imports=self._model.opset_import)
         model.ir_version = self._model.ir_version
         try:
             return OnnxSession(model.SerializeToString(), optimised=False)
         except GraphSurgeryError as error:
-            raise RuntimeUnavailableError(f"{node.op_type} cannot be run by itself: {error}") from error
+            raise RuntimeUnavailableError(f"{alone.op_type} cannot be run by itself: {error}") from error
 
     def _weight(self, name: str) -> Tensor:
         array = numpy_helper.to_array(self._weights[name], base_dir=self._folder)
         if self._weights[name].data_type == _BF16:
             return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(np.array(array))
+
+
+def _alone(node: onnx.NodeProto) -> tuple[onnx.NodeProto, dict[str, str], dict[str, str]]:
+    """Return a node in float32 under names by position, and these by the names of its inputs and outputs."""
+    inputs: dict[str, str] = {}
+    for name in filter(None, node.input):
+        inputs.setdefault(name, f"input{len(inputs)}")
+    outputs = {name: f"output{index}" for index, name in enumerate(node.output) if name}
+    alone = onnx.NodeProto(
+        op_type=node.op_type,
+        domain=node.domain,
+        input=[inputs.get(name, "") for name in node.input],
+        output=[outputs.get(name, "") for name in node.output],
+        attribute=node.attribute,
+    )
+    if node.overload:
+        alone.overload = node.overload
+    for attribute in alone.attribute:
+        if attribute.HasField("t") and attribute.t.data_type == _BF16:
+            array = numpy_helper.to_array(attribute.t).astype(np.float32)
+            attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
+        if attribute.name in {"to", "dtype", "output_dtype"} and attribute.i == _BF16:
+            attribute.i = TensorProto.FLOAT
+    return alone, inputs, outputs
 
 
 def _widened(tensor: Tensor) -> Tensor:

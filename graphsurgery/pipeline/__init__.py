@@ -34,7 +34,6 @@ from graphsurgery.pipeline.proof import Proof
 from graphsurgery.pipeline.result import OptimizeResult
 from graphsurgery.report import Report
 from graphsurgery.report.build import build_report
-from graphsurgery.restore import restore
 from graphsurgery.rewrite import Event, Pass, PassManager
 from graphsurgery.rewrite.fingerprint import held_tensors
 from graphsurgery.verify import Data, Verdict
@@ -117,9 +116,10 @@ def optimize(
     _keeps_signature(chosen)
     chosen = _with_option(chosen, "cost", cost)
     stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
+    shared = _write_nothing(chosen)
     with stages("capture"):
-        gm = _capture(model, example_inputs, dynamic_shapes)
-    proof = Proof(model, gm, on_event, read)
+        gm = _capture(model, example_inputs, dynamic_shapes, shared)
+    proof = Proof(model, gm, on_event, read, shared=shared)
     if read is not None:
         read.check(proof.example)
     manager = PassManager(chosen, on_event=on_event)
@@ -130,7 +130,7 @@ def optimize(
     with stages("passes"):
         result = manager(gm, proof.info if verify == "each-pass" else None)
     with stages("restore"):
-        module: nn.Module = restore(result.graph_module)
+        result, module = proof.handed_out(result)
     verdict: Verdict | None = None
     if verify != "off":
         with stages("verify"):
@@ -167,7 +167,7 @@ def inspect(
     chosen = _passes.select(passes)
     stages = _Stages(on_event, ("capture", "passes"))
     with stages("capture"):
-        gm = _capture(model, example_inputs, dynamic_shapes)
+        gm = _capture(model, example_inputs, dynamic_shapes, _write_nothing(chosen))
     with stages("passes"):
         result = PassManager(chosen, on_event=on_event)(gm)
     return build_report(gm, chosen, result, stages.seconds)
@@ -199,8 +199,8 @@ class _Stages:
             self.on_event(Event(kind, name, self.names.index(name), len(self.names)))
 
 
-def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
-    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any, shared: bool) -> fx.GraphModule:
+    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, copy=not shared)
     for name, tensor in held_tensors(gm):
         if (tensor.is_floating_point() or tensor.is_complex()) and bool(torch.isnan(tensor.detach().sum())):
             count = int(torch.isnan(tensor).sum())
@@ -210,6 +210,14 @@ def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphMo
                     "values, so no output can be compared; load a checkpoint that is whole."
                 )
     return gm
+
+
+def _write_nothing(chosen: tuple[Pass, ...]) -> bool:
+    """Whether the graph may share the memory of the caller's model: passes of this package write into none.
+
+    That one of another package does is found out when it is too late for the model.
+    """
+    return all(type(item) in _passes.ALL_PASSES for item in chosen)
 
 
 def _keeps_signature(chosen: tuple[Pass, ...]) -> None:

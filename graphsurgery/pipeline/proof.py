@@ -21,6 +21,7 @@ from graphsurgery.report import PassCheck
 from graphsurgery.restore import restore
 from graphsurgery.rewrite import CheckResult, Event, ManagerResult, Pass, PassFailure, PassManager
 from graphsurgery.rewrite.sealing import Attempt, Separated, separate
+from graphsurgery.sharing import own_memory
 from graphsurgery.verify import Baseline, Data, Inputs, Verdict, accepted_by, free_axes
 
 __all__ = ["Proof"]
@@ -52,6 +53,13 @@ class Trailing(nn.Module):
 class Proof:
     """Compares graphs and modules with one original model, whose own runs are made once, when first needed.
 
+    Args:
+        original: The model as it was given.
+        captured: The graph that was captured of it.
+        on_event: As for `optimize`.
+        data: The caller's own inputs.
+        shared: Whether the graph shares the memory of the original.
+
     Attributes:
         original: The model as it was given.
         captured: The graph that was captured of it.
@@ -65,6 +73,8 @@ class Proof:
         captured: fx.GraphModule,
         on_event: Callable[[Event], None] | None = None,
         data: Data | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
         self.original = original
         self.captured = captured
@@ -73,6 +83,7 @@ class Proof:
         self._last_checked: tuple[fx.GraphModule, str] | None = None
         self._on_event = on_event
         self._data = data
+        self._shared = shared
         self._baselines: dict[tuple[int, ...], Baseline] = {}
 
     @property
@@ -111,6 +122,14 @@ class Proof:
             )
             self._baselines[axes] = made
         return self._baselines[axes]
+
+    def handed_out(self, result: ManagerResult) -> tuple[ManagerResult, nn.Module]:
+        """Give a result memory of its own, apart from the original's; return it, and what is restored of it.
+
+        Up to here graphs share the memory of the original, so that what no pass has changed is held once.
+        """
+        owned = own_memory(result.graph_module, self.captured) if self._shared else result.graph_module
+        return replace(result, graph_module=owned), restore(owned)
 
     def check_captured(self) -> None:
         """Make sure that the untouched graph agrees, in torch and exported, so that no pass is blamed for it.
@@ -185,7 +204,7 @@ class Proof:
             failures += result.failures
             for name, spent in result.seconds.items():
                 seconds[name] += spent
-            module = restore(result.graph_module)
+            result, module = self.handed_out(result)
         return replace(result, failures=tuple(failures), seconds=seconds), module, verdict
 
     def _wrong_changes(

@@ -1,9 +1,8 @@
 """Fingerprints of graphs and tensors, cheap enough to be taken around every pass.
 
 `graphsurgery.graph.structural_hash` hashes every parameter byte, at about 0.3 GB/s. The pass manager asks one
-question only, "is this still the same?", and asks it around every pass. So contents enter as sums of machine
-words over the rows and columns of a table, which runs near the speed of memory, and once per tensor. Sums can
-collide for contents made to collide; where two tensors are to be merged, `same_bits` decides.
+question only, "is this still the same?", and asks it around every pass. So contents enter as the sums of
+`graphsurgery.digest`, once per tensor; where two tensors are to be merged, `same_bits` decides.
 """
 
 from __future__ import annotations
@@ -15,32 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphsurgery.digest import tensor_digest
 from graphsurgery.graph import tensor_bytes
 
 __all__ = ["Ledger", "fingerprint", "held_tensors", "same_bits", "tensor_digest"]
-
-_ROW = 1024
-
-
-def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """Digest of shape, dtype and contents of a tensor.
-
-    Args:
-        tensor: Any tensor, of any dtype, on any device.
-    """
-    flat = tensor_bytes(tensor)
-    if flat.storage_offset() % 8:
-        flat = flat.clone()
-    whole = flat.numel() // 8 * 8
-    words = flat[:whole].view(torch.int64)
-    rows = words.numel() // _ROW * _ROW
-    table = words[:rows].view(-1, _ROW)
-    digest = hashlib.blake2b(
-        repr((tuple(tensor.shape), tensor.dtype, tensor.device.type)).encode(), digest_size=16
-    )
-    for part in (table.sum(0), table.sum(1), words[rows:], flat[whole:]):
-        digest.update(part.cpu().numpy().tobytes())
-    return digest.digest()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -67,6 +44,11 @@ class Ledger:
         if id(tensor) not in self._seen:
             self._seen[id(tensor)] = (tensor, _version(tensor), tensor_digest(tensor))
         return self._seen[id(tensor)][2]
+
+    def keep(self, graphs: Iterable[fx.GraphModule]) -> None:
+        """Let go of all tensors that none of these graphs holds: those of runs that were thrown away."""
+        held = {id(tensor) for gm in graphs for _, tensor in held_tensors(gm)}
+        self._seen = {key: seen for key, seen in self._seen.items() if key in held}
 
     def written(self, *, contents: bool) -> frozenset[int]:
         """`id` of every tensor that no longer holds what it held.

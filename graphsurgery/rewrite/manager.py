@@ -124,6 +124,7 @@ class _Run:
         self.manager = manager
         self.inputs = example_inputs
         self.ledger = Ledger()
+        self.given = gm
         self.current = self._snapshot(gm)
         self.outputs: list[Any] | None = None if example_inputs is None else run_graph(gm, example_inputs)
         self.steps: list[Step] = []
@@ -146,6 +147,7 @@ class _Run:
             for index in range(len(self.manager.passes)):
                 if index not in self.disabled and self.settled.get(index) != self.current.print:
                     changed |= self._run_pass(index)
+                    self.ledger.keep(self._graphs())
         self._refuse_written_tensors([item.name for item in self.manager.passes], contents=True)
         if changed:
             reason = f"the graph still changed in round {self.round}; the passes may undo each other"
@@ -253,8 +255,9 @@ class _Run:
         """A tensor written in place is lost for every graph that shares it."""
         written = self.ledger.written(contents=contents)
         if written:
-            graphs = [self.current.gm, *(step.graph_module for step in self.steps)]
-            names = sorted({name for gm in graphs for name, t in held_tensors(gm) if id(t) in written})
+            names = sorted(
+                {name for gm in self._graphs() for name, t in held_tensors(gm) if id(t) in written}
+            )
             who = (
                 f"pass {suspects[0]!r}" if len(suspects) == 1 else f"one of the passes {', '.join(suspects)}"
             )
@@ -262,6 +265,9 @@ class _Run:
                 f"{who} wrote into {', '.join(names)} in place, which all graphs share: "
                 "expected a new tensor under a new attribute; load the model anew and leave the pass out"
             )
+
+    def _graphs(self) -> list[fx.GraphModule]:
+        return [self.given, self.current.gm, *(step.graph_module for step in self.steps)]
 
     def _check(self, declared: Pass, after: _Snapshot) -> tuple[Finding | None, list[Any] | None]:
         """Cases 3 to 5 of the module docstring; and the outputs for the example inputs, if there are any."""

@@ -1,4 +1,9 @@
-"""Large modules in float64, or with moved weights, without a second set of their weights."""
+"""Large modules in float64, or with moved weights, without a second set of their weights.
+
+Modules of more bytes than `graphsurgery.sharing.LARGE_BYTES` are not held a second time in another precision
+or with moved weights: each weight is turned when a call reads it, and let go. That takes longer than to turn
+all of them once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from graphsurgery.sharing import put_back
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.precision import Float64Mode, Nudger, promote, state_of, to_float64
 
@@ -19,16 +25,7 @@ if TYPE_CHECKING:
     from graphsurgery.verify.outputs import Outputs
     from graphsurgery.verify.runners import Runner
 
-__all__ = ["LARGE_BYTES", "LargeRunner", "TurnedMode", "is_large"]
-
-LARGE_BYTES = 2**28
-"""Modules of more bytes than this are not held a second time in another precision or with moved weights:
-each weight is turned when a call reads it, and let go. That takes longer than to turn all of them once."""
-
-
-def is_large(module: nn.Module) -> bool:
-    """Return whether the float parameters and buffers take more than `LARGE_BYTES`."""
-    return sum(t.numel() * t.element_size() for t in state_of(module).values()) > LARGE_BYTES
+__all__ = ["LargeRunner", "TurnedMode"]
 
 
 class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,7 +68,7 @@ class TurnedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value.is_complex() or not self._double:  # complex numbers are not moved
             return self._nudger.moved(value, offset, None)
         unit = torch.finfo(value.dtype).eps
-        return self._nudger.moved(value.detach().double(), offset, unit)
+        return self._nudger.moved(value, offset, unit, torch.float64)
 
 
 class _BeforeConvolutions(TorchFunctionMode):
@@ -109,6 +106,7 @@ class LargeRunner:
         double: Whether every operation is in float64.
         moved: By how many units in the last place the parameters are moved, and the seed of it; None not at
             all.
+        shared: Tensors whose memory is not ours alone.
     """
 
     def __init__(
@@ -119,6 +117,7 @@ class LargeRunner:
         call: Callable[[nn.Module, Inputs], Outputs],
         double: bool,
         moved: tuple[float, int] | None = None,
+        shared: Sequence[Tensor] = (),
     ) -> None:
         self.name = name
         self._whole = whole
@@ -126,12 +125,14 @@ class LargeRunner:
         self._call = call
         self._double = double
         self._moved = moved
+        self._shared = shared
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs."""
         # Made before the float64 mode is entered, under which it would read all weights in float64.
         turned = TurnedMode(self._module, *self._moved, double=self._double) if self._moved else None
         with ExitStack() as modes:
+            modes.enter_context(put_back(self._shared))
             if self._double:
                 modes.enter_context(Float64Mode(Nudger(self._moved[1], 0.5) if self._moved else None))
             if turned is not None:  # entered last, it sees each call first

@@ -93,9 +93,17 @@ def promote(value: Any) -> Any:
     return value
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """Return a deep copy in eval semantics that shares no storage with `module` and needs no gradient."""
+def copy_module(module: nn.Module, shared: Sequence[Tensor] = ()) -> nn.Module:
+    """Return a deep copy in eval semantics that needs no gradient.
+
+    Args:
+        module: The module.
+        shared: The tensors whose memory it shares with `module`; of all others it has copies.
+    """
     memo: dict[int, Any] = {}
+    for tensor in shared:
+        own = tensor.detach()
+        memo[id(tensor)] = nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
     for part in module.modules():
         for value in (*vars(part).values(), *part.buffers(recurse=False)):
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -155,19 +163,22 @@ class Nudger:
             return 0
         return int(torch.randint(_TABLE, (), generator=self._generator))
 
-    def moved(self, tensor: Tensor, offset: int, eps: float | None) -> Tensor:
-        """Return a tensor moved by the numbers of the table from `offset` on; see `__call__`."""
+    def moved(
+        self, tensor: Tensor, offset: int, eps: float | None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a tensor, in `dtype` if given, moved by the table's numbers from `offset` on."""
         if not tensor.is_floating_point() or tensor.numel() == 0:
-            return tensor
+            return tensor if dtype is None else tensor.to(dtype)
         unit = torch.finfo(tensor.dtype).eps if eps is None else eps
-        work = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+        wanted = dtype or tensor.dtype
+        work = wanted if wanted in (torch.float32, torch.float64) else torch.float32
         moved = tensor.detach().to(work, copy=True).contiguous().view(-1)
         # A factor, not a summand: an infinity in a mask stays what it is.
         factors = (1.0 + self._steps.roll(offset) * unit).to(moved)
         # By chunks of one table: a random number of its own for each weight takes longer than a run.
         for chunk in moved.split(_TABLE):  # type: ignore[no-untyped-call]
             chunk.mul_(factors[: len(chunk)])
-        return moved.view(tensor.shape).to(tensor.dtype)
+        return moved.view(tensor.shape).to(wanted)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

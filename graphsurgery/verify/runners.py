@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
+from graphsurgery.sharing import is_large, large_tensors, put_back
 from graphsurgery.verify.inputs import Inputs
-from graphsurgery.verify.large import LargeRunner, is_large
+from graphsurgery.verify.large import LargeRunner
 from graphsurgery.verify.outputs import Outputs, flatten_outputs, structure_text
 from graphsurgery.verify.precision import (
     Float64Mode,
@@ -90,36 +91,39 @@ class TorchRunner:
     """A module in torch's eager mode, in eval semantics, without gradients.
 
     The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks
-    of the caller stay as they are. The global random state is restored after each run, and every run starts
-    from one seed.
+    of the caller stay as they are. The copy of a large module shares the memory of its large tensors; what a
+    run writes there is put back. The global random state is restored after each run, which starts from one
+    seed.
 
     Args:
         module: The program.
+        share: Whether the copy of a large module may share memory.
 
     Attributes:
-        structure: What the latest run returned, as `structure_text` says it; empty before the first.
+        structure: The latest run's return value in the words of `structure_text`; empty before the first.
 
     Raises:
         VerificationError: It cannot be copied.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, share: bool = True) -> None:
         self.name = f"torch {type(module).__name__}"
         self.structure = ""
         self.module = module
+        self._shared = large_tensors(module) if share else []
         self._copy = self._fresh()
 
     def _fresh(self) -> nn.Module:
         try:
-            return copy_module(self.module)
+            return copy_module(self.module, self._shared)
         except Exception as error:  # deepcopy runs the code of the caller's classes
-            raise VerificationError(
-                f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
-            ) from error
+            said = f"{self.name} cannot be copied, and verify does not run the caller's own module: {error}"
+            raise VerificationError(said) from error
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes."""
-        found = _returned(self._copy, inputs)
+        with put_back(self._shared):
+            found = _returned(self._copy, inputs)
         self.structure = structure_text(found)
         return flatten_outputs(found)
 
@@ -137,7 +141,7 @@ class TorchRunner:
         return self._runner(name, whole, True, None)
 
     def float64_stored(self, seed: int) -> Runner:
-        """Return a float64 runner whose parameters are off as if they had been rounded to their own dtype."""
+        """Return a float64 runner whose parameters are off as by rounding to their own dtype."""
         name = f"{self.name} in float64, rounded"
 
         def whole() -> Runner:
@@ -159,7 +163,7 @@ class TorchRunner:
     ) -> Runner:
         """Return the runner with all weights turned at once, for a large module layer by layer."""
         if is_large(self._copy):
-            return LargeRunner(name, whole, self._copy, _call, double, moved)
+            return LargeRunner(name, whole, self._copy, _call, double, moved, self._shared)
         return whole()
 
 
@@ -172,7 +176,7 @@ class CompiledRunner:
 
     def __init__(self, module: nn.Module) -> None:
         self.name = f"torch.compile {type(module).__name__}"
-        self._compiled: Any = torch.compile(TorchRunner(module)._copy)
+        self._compiled: Any = torch.compile(TorchRunner(module, share=False)._copy)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes; the first run of a shape compiles."""
@@ -338,10 +342,8 @@ def match_feeds(
     elif len(tensors) == len(wanted):
         feeds = dict(zip(wanted, tensors, strict=True))
     else:
-        raise VerificationError(
-            f"{where} has {len(wanted)} inputs ({', '.join(wanted)}), got {len(tensors)}; "
-            "pass a mapping from input name to tensor"
-        )
+        had = f"{where} has {len(wanted)} inputs ({', '.join(wanted)}), got {len(tensors)}"
+        raise VerificationError(f"{had}; pass a mapping from input name to tensor")
     for name, (dtype, shape) in wanted.items():
         given = feeds[name]
         if dtype is not None and dtype != given.dtype:
@@ -350,7 +352,6 @@ def match_feeds(
             not isinstance(size, int) or size == there for size, there in zip(shape, given.shape, strict=True)
         )
         if not fits:
-            raise VerificationError(
-                f"input {name!r} of {where} has shape {list(shape)}, got {list(given.shape)}"
-            )
+            said = f"input {name!r} of {where} has shape {list(shape)}, got {list(given.shape)}"
+            raise VerificationError(said)
     return feeds

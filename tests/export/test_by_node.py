@@ -53,6 +53,20 @@ def test_outputs_are_those_of_torch(written: tuple[nn.Module, Tensor, Path]) -> 
     assert holds_bfloat16(path)
 
 
+def test_nodes_that_do_the_same_share_a_session(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))
+    x = torch.randn(2, 8).to(torch.bfloat16)
+    path = tmp_path / "chain.onnx"
+    torch.onnx.export(model.to(torch.bfloat16).eval(), (x,), path, dynamo=True, verbose=False)
+    graph = NodeByNode(path)
+    (name,) = graph.inputs
+    (found,) = graph.run({name: x}).values()
+    nodes = onnx.load(path).graph.node
+    assert len(graph._sessions) == len({node.op_type for node in nodes}) < len(nodes)
+    torch.testing.assert_close(found, model(x))
+
+
 def test_detects_wrong_weights(written: tuple[nn.Module, Tensor, Path], tmp_path: Path) -> None:
     model, x, path = written
     proto = onnx.load(path)

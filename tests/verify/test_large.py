@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graphsurgery as gs
-from graphsurgery.verify import Inputs, TorchRunner, large
+from graphsurgery import sharing
+from graphsurgery.verify import Inputs, TorchRunner
 
 
 class Net(nn.Module):
@@ -43,7 +44,7 @@ def test_layer_by_layer_gives_the_same_bits(recurrent: bool, monkeypatch: pytest
         return [variant.run(call)["output"] for variant in made]
 
     whole = answers()
-    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    monkeypatch.setattr(sharing, "LARGE_BYTES", 0)
     for wanted, found in zip(whole, answers(), strict=True):
         assert wanted.dtype == found.dtype
         assert torch.equal(wanted, found)
@@ -66,7 +67,7 @@ def test_all_weights_are_turned_at_once_only_where_a_forward_looks_at_them(
 
 
 def test_a_wrong_weight_of_a_large_module_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    monkeypatch.setattr(sharing, "LARGE_BYTES", 0)
     model = Net(False).eval()
     other = copy.deepcopy(model)
     assert gs.verify(model, other, inputs()).ok
