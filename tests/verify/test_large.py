@@ -54,7 +54,7 @@ def test_layer_by_layer_gives_the_same_bits(recurrent: bool, monkeypatch: pytest
 def test_all_weights_are_turned_at_once_only_where_a_forward_looks_at_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    monkeypatch.setattr(sharing, "LARGE_BYTES", 0)
     for recurrent in (False, True):
         model = Net(recurrent).eval()
         for program in (model, gs.capture(model, (inputs(),))):
