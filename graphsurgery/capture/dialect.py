@@ -35,8 +35,8 @@ def refuse_foreign(gm: fx.GraphModule) -> None:
         if isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
                 f"the model uses {node.target}{where}, an operator with a body of its own, which "
-                "is not supported; move autocast and grad modes out of forward, or let gs.optimize_parts "
-                "work on its submodules."
+                "is not supported; move it (an autocast that is on, a loop, a branch on values) out of "
+                "forward, or let gs.optimize_parts work on its submodules."
             )
         if isinstance(node.target, OpOverload):
             if _updates_statistics(node):

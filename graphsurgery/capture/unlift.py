@@ -11,6 +11,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from graphsurgery.capture.bodies import inline_bodies
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import has_attr, module_path, set_attr, source_line
 
@@ -98,6 +99,7 @@ def unlift(
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     graph._codegen = _PyTreeCodeGen(_PyTreeInfo(_argument_names(program), in_spec, out_spec))
     gm.graph = graph
+    inline_bodies(gm)
     _read_under_own_name(gm)
     return gm, written
 
