@@ -211,5 +211,4 @@ def test_merging_and_verifying_hold_the_result_and_a_layer_at_a_time(all_large: 
     layer = 8 * 256 * 256  # in float64
     assert size_of(result.module) < most < size_of(result.module) + 5 * layer < 2.3 * size_of(model)
     # The measure sees a copy where there is one.
-    copied, graph = allocated(lambda: gs.capture(model, tokens()))
-    assert copied >= size_of(graph)
+    assert allocated(lambda: copy.deepcopy(model))[0] >= size_of(model)
