@@ -127,6 +127,8 @@ def timings(
             arguments = {"threads": threads, "batch": batch, "blocks": options.blocks}
             work: Callable[..., None] = partial(on_onnxruntime, folder, right)
             found.append(({"kind": "latency", **setting}, partial(_with, work, arguments)))
+            if threads > 1:
+                continue  # Inductor writes the number of threads into its code: each would be compiled anew
             work = partial(on_torch, network, folder)
             found.append(({"kind": "torch", **setting}, partial(_with, work, arguments)))
     return [(line, work) for line, work in found if re.search(options.tools, line["kind"])]

@@ -77,13 +77,24 @@ def test_ratios_are_taken_block_by_block(show: ModuleType) -> None:
 
 def test_what_is_wrong_or_fails_says_so_and_gains_nothing_in_the_mean(show: ModuleType) -> None:
     text = show.document(results())
-    assert row(text, "two") == ["two", "6.00", "", "fails", "**3.00**", "2.00 (2.00 to 2.00)", ""]
-    assert row(text, "wrong")[-2] == "wrong by 0.2"
-    assert row(text, "*training form*")[-2] == "1.41"  # of 2 and 1
-    assert row(text, "**all that can be folded**")[-2] == "1.41"
+    assert row(text, "two") == ["two", "6.00", "", "fails", "**3.00**", "2.00 (2.00 to 2.00)"]
+    assert row(text, "wrong")[-1] == "wrong by 0.2"
+    assert row(text, "*training form*")[-1] == "1.41"  # of 2 and 1
+    assert row(text, "**all that can be folded**")[-1] == "1.41"
     assert "of graphsurgery's results 1 are wrong and 0 fail" in text
     assert row(text, "two", "fx.fuse")[2] == "ValueError: at net.py: a \\| b"
     assert "**wrong, 2.5e-01**" in text
+
+
+def test_inductor_is_beside_torch_eager(show: ModuleType) -> None:
+    times = {"torch eager": [9.0, 9.0], "Inductor": [3.0, 3.0]}
+    lines = [*results(), line("torch", "two", threads=1, batch=1, ms=times)]
+    lines.append(
+        line("torch", "same", threads=1, batch=1, ms={"torch eager": [1.0]}, wrong={"Inductor": 0.5})
+    )
+    text = show.document(lines)
+    assert row(text, "two")[-1] == "3.00"
+    assert row(text, "same")[-1] == "wrong by 0.5"
 
 
 def test_where_another_tool_is_faster_is_listed(show: ModuleType) -> None:

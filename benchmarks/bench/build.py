@@ -74,6 +74,7 @@ def _apply(network: Network, tool: str, path: Path, tell: Tell) -> None:
         tell({"undone": [f"{f.pass_name}: {f.reason}" for f in result.report.failures]})
         with measured("export", tell):
             result.export_onnx(path)
+        torch.save(result.module, path.with_suffix(".pt"))
         return
     model = made.model
     if tool in MODULE_TOOLS:

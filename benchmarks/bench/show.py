@@ -26,22 +26,23 @@ BEHIND = 1.03
 START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
 EXPLANATION = """\
-Latency is the median of runs on onnxruntime, all optimisations on; all files of a network take turns run by
-run, in blocks, and each block gives one ratio. Shown are the medians of these ratios, for graphsurgery with
-the least and the most. 2.00 is twice as fast as `torch.onnx.export(dynamo=True)` of the network as it is,
-which is also what the tools that work on files were given. Every file was held against the network in
-float64 at both batches before it was timed; one that differs by more than rounding is shown as wrong, and
-one that a tool could not make as `fails`; both count as 1.00 in the geometric means, since the plain export
-is what is left then. `timm / peft` is `timm.utils.reparameterize_model` or `merge_and_unload`, where there
-is one. Inductor (frozen weights) is timed in torch, beside torch eager, and its ratio is to that."""
+Latency is the median of runs on onnxruntime, all optimisations on; all files of a network take turns run
+by run, in blocks, and each block gives one ratio. Shown are the medians of these ratios, for
+graphsurgery with the least and the most. 2.00 is twice as fast as `torch.onnx.export(dynamo=True)` of
+the network as it is, which is also what the tools that work on files were given. Every file was held
+against the network in float64 at both batches before it was timed; one that differs by more than
+rounding is shown as wrong, and one that a tool could not make as `fails`; both count as 1.00 in the
+geometric means, since the plain export is what is left then. `timm / peft` is
+`timm.utils.reparameterize_model` or `merge_and_unload`, where there is one. Inductor (frozen weights) is
+timed in torch on one thread, beside torch eager, and its ratio is to that."""
 
 BUILDING = """\
 Processor time and peak memory are those of the tool alone, in a process of its own that has made the
 network already: for tools on files reading and writing the file, for graphsurgery `gs.optimize` with its
 verification. The export that a tool on modules needs besides is a column of its own (for graphsurgery it
-holds the verification of the file). Memory is what the tool's process held more at its peak than when the
-tool began. Nodes are those of the file, and of the graph that onnxruntime makes of it; deviation is the
-largest from the network in float64, as a part of the largest value."""
+holds the verification of the file). Memory is what the tool's process held more at its peak than when
+the tool began. Nodes are those of the file, and of the graph that onnxruntime makes of it; deviation is
+the largest from the network in float64, as a part of the largest value."""
 
 
 def document(lines: Sequence[Line]) -> str:
@@ -142,7 +143,7 @@ def _latency_table(lines: Sequence[Line], setting: tuple[int, int]) -> str:
         return ""
     built, groups = _built(lines), _groups(lines, timed)
     tools = [tool for tool in _tools(lines) if tool != PLAIN]
-    rows = [["network", "plain, ms", *tools, INDUCTOR]]
+    rows = [["network", "plain, ms", *tools, *([INDUCTOR] if torch else [])]]
     for names in groups.values():
         for name in names:
             line = timed[name]
@@ -150,13 +151,14 @@ def _latency_table(lines: Sequence[Line], setting: tuple[int, int]) -> str:
             best = max((r[0] for r in ratios.values() if r), default=1.0)
             cells = [_cell(built[name].get(tool), ratios[tool], best, tool == OURS) for tool in tools]
             rows.append([name, f"{statistics.median(line['ms'][PLAIN]):.2f}", *cells])
-            rows[-1].append(_inductor(torch.get(name)))
+            rows[-1] += [_inductor(torch.get(name))] if torch else []
     foldable = [name for group, names in groups.items() if group != STAYS for name in names]
     means = {f"*{group}*": names for group, names in groups.items()}
     for title, names in {**means, "**all that can be folded**": foldable}.items():
         cells = [f"{_mean(timed, names, tool):.2f}" for tool in tools]
         inductor = [r[0] for n in names if n in torch and (r := faster(torch[n], INDUCTOR, EAGER))]
-        rows.append([title, "", *cells, f"{geometric_mean(inductor):.2f}" if inductor else ""])
+        rows.append([title, "", *cells])
+        rows[-1] += [f"{geometric_mean(inductor):.2f}" if inductor else ""] if torch else []
     return _table(rows)
 
 
