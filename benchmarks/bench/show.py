@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ EAGER, INDUCTOR, FOLDED = "torch eager", "Inductor", "graphsurgery, torch eager"
 STAYS = "nothing to gain"
 SETTINGS = ((1, 1), (1, 8), (2, 1), (2, 8))
 """Threads and batch; the README shows the first."""
+
+WIDTH = 105
 
 BEHIND = 1.03
 """Ratio of latencies above which we are behind another tool."""
@@ -36,6 +39,14 @@ geometric means, since the plain export is what is left then. `timm / peft` is
 `timm.utils.reparameterize_model` or `merge_and_unload`, where there is one. Inductor (frozen weights) is
 timed in torch on one thread, beside torch eager, and its ratio is to that."""
 
+SHORT = """\
+How many times faster than the plain export (`torch.onnx.export(dynamo=True)`) each tool's file is on
+onnxruntime; files of a network take turns run by run, medians of blocks, for graphsurgery with the least
+and the most. Every file was held against the network in float64 first. `timm / peft` is the authors' own
+reparameterisation or merge; Inductor, with frozen weights, runs in torch and is beside torch eager. Made
+by `make bench`; [the whole of it](docs/benchmark.md) has batches and threads, sizes, tool time and
+memory."""
+
 BUILDING = """\
 Processor time and peak memory are those of the tool alone, in a process of its own that has made the
 network already: for tools on files reading and writing the file, for graphsurgery `gs.optimize` with its
@@ -51,7 +62,13 @@ def document(lines: Sequence[Line]) -> str:
     Args:
         lines: Results, of the kinds `build`, `latency` and `torch`, one of each key.
     """
-    parts = ["# Benchmark", _summary(lines), _plots(lines), EXPLANATION, _versions(lines)]
+    parts = [
+        "# Benchmark",
+        _summary(lines),
+        _plots(lines),
+        EXPLANATION,
+        textwrap.fill(_versions(lines), WIDTH),
+    ]
     parts.append("Made by `make bench` (`benchmarks/side_by_side.py`), as is all of this page.")
     for setting in SETTINGS:
         table = _latency_table(lines, setting)
@@ -66,12 +83,8 @@ def document(lines: Sequence[Line]) -> str:
 
 def readme_part(lines: Sequence[Line]) -> str:
     """What the README holds between its markers."""
-    parts = [_summary(lines), _plots(lines, "docs/"), EXPLANATION, _versions(lines)]
-    table = _latency_table(lines, SETTINGS[0])
-    parts.append(f"{_setting(SETTINGS[0])}:\n\n{table}" if table else "Latency was not measured.")
-    parts.append(
-        "[docs/benchmark.md](docs/benchmark.md) has the other settings, sizes, tool time and memory."
-    )
+    parts = [_summary(lines), SHORT, _plots(lines, "docs/"), _latency_table(lines, SETTINGS[0])]
+    parts.append(textwrap.fill(f"{_setting(SETTINGS[0], short=True)}; {_versions(lines)}", WIDTH))
     return "\n\n".join(part for part in parts if part)
 
 
