@@ -62,7 +62,8 @@ def main() -> None:
 def run(options: argparse.Namespace, results: Path) -> None:
     from bench.networks import networks  # torch and the rest take seconds
 
-    chosen = [network for network in networks() if re.search(options.only, network.name)]
+    listed = networks()
+    chosen = [network for network in listed if re.search(options.only, network.name)]
     if options.list:
         print(*(network.name for network in chosen), sep="\n")
         return
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace, results: Path) -> None:
             start = time.monotonic()
             found = run_forked(work, seconds=options.seconds, gibibytes=options.memory)
             line |= {"group": network.group, "note": network.note, "machine": machine()}
-            line |= {"versions": versions, **found}
+            line |= {"versions": versions, "listed": len(listed), **found}
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{' '.join(key(line))} {time.monotonic() - start:.0f} s: {says(line)}", flush=True)

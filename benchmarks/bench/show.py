@@ -250,7 +250,9 @@ def _summary(lines: Sequence[Line]) -> str:
     ours = [tools[OURS] for tools in built.values() if OURS in tools]
     wrong = sum(_result(line) == "wrong" for line in ours)
     failed = sum(_result(line) == "fails" for line in ours)
-    text = f"**{len(built)} networks; of graphsurgery's results {wrong} are wrong and {failed} fail"
+    listed = max(line.get("listed", 0) for line in lines)
+    count = f"{len(built)} of {listed} networks" if listed > len(built) else f"{len(built)} networks"
+    text = f"**{count}; of graphsurgery's results {wrong} are wrong and {failed} fail"
     means = []
     for setting in SETTINGS:
         timed = _timed(lines, "latency", setting)
