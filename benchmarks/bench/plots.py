@@ -33,7 +33,7 @@ def plot_latency(lines: Sequence[Line], path: Path) -> None:
     timed = [line for line in timed if line["batch"] == batch]
     if not timed:
         return
-    tools = [tool for tool in COLOURS if tool != PLAIN]
+    tools = [tool for tool in COLOURS if tool != PLAIN and any(tool in line["ms"] for line in timed)]
     height = 0.8 / len(tools)
     figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(timed) + 1.2), dpi=90)
     for index, tool in enumerate(tools):
@@ -47,7 +47,9 @@ def plot_latency(lines: Sequence[Line], path: Path) -> None:
     axes.set_yticks(range(len(timed)), [line["network"] for line in timed])
     axes.invert_yaxis()
     axes.set_xlabel(f"times faster than the plain export, onnxruntime, {threads} thread, batch {batch}")
-    axes.legend(fontsize="small", loc="lower right")
+    axes.legend(
+        fontsize="small", loc="lower center", bbox_to_anchor=(0.4, 1), ncols=len(tools), frameon=False
+    )
     _save(figure, path)
 
 

@@ -209,7 +209,9 @@ def _in_torch(lines: Sequence[Line]) -> list[str]:
         for name, line in _timed(lines, "torch", setting).items():
             ours = faster(line, FOLDED, EAGER)
             milliseconds = f"{statistics.median(line['ms'][EAGER]):.2f}" if EAGER in line["ms"] else ""
-            cells = [_inductor(line), f"{ours[0]:.2f} ({ours[1]:.2f} to {ours[2]:.2f})" if ours else "wrong"]
+            off = line.get("wrong", {}).get(FOLDED)
+            folded = f"{ours[0]:.2f} ({ours[1]:.2f} to {ours[2]:.2f})" if ours else ""
+            cells = [_inductor(line), f"wrong by {off:.1g}" if off else folded]
             rows.append([name, str(setting[0]), str(setting[1]), milliseconds, *cells])
     if len(rows) == 1:
         return []
