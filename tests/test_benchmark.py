@@ -98,9 +98,11 @@ def test_inductor_is_beside_torch_eager(show: ModuleType) -> None:
     assert row(text, "same")[-1] == "wrong by 0.5"
 
 
-def test_where_another_tool_is_faster_is_listed(show: ModuleType) -> None:
+def test_where_another_tool_is_faster_is_listed(show: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(show.REASONS, "two", "a missing fold")
     text = show.document(results())
-    assert row(text, "two", "1", "1", "timm / peft")[-1] == "1.50 (1.00 to 2.00)"
+    assert row(text, "two", "1", "1", "timm / peft")[4] == "1.50 (1.00 to 2.00)"
+    assert row(text, "two", "1", "1", "timm / peft")[-1] == "a missing fold"
     assert row(text, "same", "1", "1")[-1] == "1.010 (1.000 to 1.020)"
 
 

@@ -26,6 +26,9 @@ WIDTH = 105
 BEHIND = 1.03
 """Ratio of latencies above which we are behind another tool."""
 
+REASONS: dict[str, str] = {}
+"""Why another tool is faster on a network, as looked into by hand; shown beside its rows."""
+
 START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
 EXPLANATION = """\
@@ -223,7 +226,7 @@ def _in_torch(lines: Sequence[Line]) -> list[str]:
 
 def _behind(lines: Sequence[Line]) -> list[str]:
     """Where another tool's file is faster, and where what is to stay has moved."""
-    rows = [["network", "threads", "batch", "best other tool", "our time / its time"]]
+    rows = [["network", "threads", "batch", "best other tool", "our time / its time", "why"]]
     moved = [["network", "threads", "batch", "our time / plain export's"]]
     for setting in SETTINGS:
         timed = _timed(lines, "latency", setting)
@@ -236,7 +239,8 @@ def _behind(lines: Sequence[Line]) -> list[str]:
                 ratio, tool = max(others, default=((0.0, 0.0, 0.0), ""))
                 if ratio[0] > BEHIND:
                     found = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
-                    rows.append([name, str(setting[0]), str(setting[1]), tool, found])
+                    why = REASONS.get(name, "")
+                    rows.append([name, str(setting[0]), str(setting[1]), tool, found, why])
                 if group == STAYS and (own := faster(line, PLAIN, OURS)):
                     found = f"{own[0]:.3f} ({own[1]:.3f} to {own[2]:.3f})"
                     moved.append([name, str(setting[0]), str(setting[1]), found])
