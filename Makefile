@@ -9,7 +9,7 @@ CODE   := graphsurgery tests examples benchmarks
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types examples bench sweep architectures fuzz mutations mutants wheel clean
+.PHONY: help install demo test lint format types examples bench measure sweep architectures fuzz mutations mutants wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,8 +41,15 @@ types: $(STAMP) ## mypy --strict on the package
 examples: $(STAMP) ## Run every example
 	set -e; for demo in examples/*/demo.py; do echo "== $$demo"; $(BIN)/python $$demo; done
 
-bench: $(STAMP) ## Run the benchmarks (ratios; nothing is asserted)
-	set -e; for bench in $(filter-out benchmarks/architectures.py, $(wildcard benchmarks/*.py)); do echo "== $$bench"; $(BIN)/python $$bench; done
+# Goes on where it was stopped; results lie in out/bench/results.jsonl. ARGS="--only resnet50", "--again", ...
+bench: $(STAMP) ## Compare with other tools on whole networks; write docs/benchmark.md and the README's table
+	$(ONE_THREAD) $(BIN)/python -W ignore benchmarks/side_by_side.py $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -W ignore benchmarks/side_by_side.py --latency $(ARGS)
+
+NOT_MEASURED := architectures fold_blocks fold_cases onnx_count peer_tools side_by_side
+measure: $(STAMP) ## Run the other benchmarks (ratios; nothing is asserted)
+	set -e; for bench in $(filter-out $(NOT_MEASURED:%=benchmarks/%.py), $(wildcard benchmarks/*.py)); do \
+	echo "== $$bench"; $(BIN)/python $$bench; done
 
 sweep: $(STAMP) ## Run the long searches over random networks (over public ones: make architectures)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m sweep $(ARGS)

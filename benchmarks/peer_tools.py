@@ -21,13 +21,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxoptimizer
-import onnxscript.optimizer
-import onnxscript.rewriter
-import onnxsim
-import onnxslim
 import torch
+from bench.tools import by_onnxscript, by_onnxsim, by_onnxslim, export
 from onnx_count import Left, fewest, run
 from torch import Tensor, fx, nn
 from torch._inductor import compile_fx
@@ -110,17 +106,9 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def export(model: nn.Module, x: Tensor) -> onnx.ModelProto:
-    """The network as `torch.onnx.export` writes it, with a free batch."""
-    program = torch.onnx.export(
-        model,
-        (x,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        opset_version=20,
-        verbose=False,
-    )
-    return onnx_ir.to_proto(program.model)
+def on_file(tool: Callable[[onnx.ModelProto], onnx.ModelProto]) -> Callable[[Network], Outcome]:
+    """What a tool that works on files leaves of the plain export."""
+    return lambda network: network.judge(tool(network.exported))
 
 
 def by_onnxruntime(network: Network) -> Outcome:
@@ -128,25 +116,9 @@ def by_onnxruntime(network: Network) -> Outcome:
     return network.judge(network.exported)
 
 
-def by_onnxscript(network: Network) -> Outcome:
-    """The optimizer of onnxscript and its default rewrite rules."""
-    model = onnxscript.optimizer.optimize(network.exported)
-    return network.judge(onnxscript.rewriter.rewrite(model))
-
-
 def by_onnxoptimizer(network: Network) -> Outcome:
     """All of onnxoptimizer: its fuse and eliminate passes, to a fixed point."""
     return network.judge(onnxoptimizer.optimize(network.exported, fixed_point=True))
-
-
-def by_onnxsim(network: Network) -> Outcome:
-    """The defaults of onnxsim."""
-    return network.judge(onnxsim.simplify(network.exported)[0])
-
-
-def by_onnxslim(network: Network) -> Outcome:
-    """The defaults of OnnxSlim."""
-    return network.judge(onnxslim.slim(network.exported))
 
 
 def by_fx_fuse(network: Network) -> Outcome:
@@ -201,10 +173,10 @@ def by_merging(network: Network) -> Outcome:
 
 TOOLS: dict[str, Callable[[Network], Outcome]] = {
     "onnxruntime": by_onnxruntime,
-    "onnxscript": by_onnxscript,
+    "onnxscript": on_file(by_onnxscript),
     "onnxoptimizer": by_onnxoptimizer,
-    "onnxsim": by_onnxsim,
-    "OnnxSlim": by_onnxslim,
+    "onnxsim": on_file(by_onnxsim),
+    "OnnxSlim": on_file(by_onnxslim),
     "fx.fuse": by_fx_fuse,
     "Inductor": by_inductor,
     "graphsurgery": by_graphsurgery,

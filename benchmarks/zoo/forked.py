@@ -10,6 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 __all__ = ["run_forked"]
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -20,7 +22,8 @@ def run_forked(
 ) -> dict[str, Any]:
     """Run `work` in a fork of this process and return what it told, merged, and how it ended.
 
-    A fork has all that is imported already, which else takes longer than most networks.
+    A fork has all that is imported already, which else takes longer than most networks. This process must not
+    have run anything backward: torch's autograd declines to work in forks after that.
 
     Args:
         work: Called with a function that takes parts of a record.
@@ -63,6 +66,8 @@ def _child(work: Callable[[Callable[[dict[str, Any]], None]], None], pipe: Conne
     silent = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silent, stream)
+    # Fails where the parent has run backward: folds would be refused one by one, which is no failure to see.
+    torch.autograd.backward(torch.ones((), requires_grad=True))
     work(pipe.send)
     pipe.close()
 
