@@ -100,10 +100,10 @@ def in_child(work: Callable[[], Any], cpu_s: float, wall_s: float) -> Any:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    answer, raised = pickle.loads(data) if data else (None, "")
+    found, raised = pickle.loads(data) if data else (None, "")
     if raised:
         raise RuntimeError(raised)
-    return answer
+    return found
 
 
 class Run:
