@@ -142,7 +142,7 @@ def edited(report: Report, *path: str | int, value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 1, "schema version 2, got version 1"),
+        (("schema_version",), 1, "schema version 3, got version 1"),
         (("model",), 3, r"report\.model: expected str, got 3"),
         (("rounds",), True, r"report\.rounds: expected int"),
         (("rounds",), 2.0, r"report\.rounds: expected int"),
