@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,7 +103,8 @@ class OnnxTimer:
 
     def __init__(self) -> None:
         """Make a folder for the files, which is removed with this object."""
-        self._folder = tempfile.TemporaryDirectory(prefix="graphsurgery-")
+        self._folder = Path(tempfile.mkdtemp(prefix="graphsurgery-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._failed: dict[str, str] = {}
 
     def __call__(self, before: Cut, after: Cut, threads: int, blocks: int) -> Timing:
@@ -125,7 +128,7 @@ class OnnxTimer:
 
     def _file(self, made: Cut) -> Path:
         """The ONNX file of a cut, written once."""
-        path = Path(self._folder.name) / f"{made.key}.onnx"
+        path = self._folder / f"{made.key}.onnx"
         if made.key in self._failed:
             raise NotMeasured(self._failed[made.key])
         if not path.exists():

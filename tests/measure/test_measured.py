@@ -18,6 +18,7 @@ from graphsurgery.graph import structural_hash
 from graphsurgery.measure import Cut, MeasuredCost, Timing
 from graphsurgery.passes import MergeSiblings
 from graphsurgery.report import Measurement
+from graphsurgery.report.text import plain_text
 from graphsurgery.rewrite import PassResult
 
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -54,7 +55,11 @@ def test_keeps_what_is_faster_and_the_result_is_verified() -> None:
 
 def test_keeps_nothing_that_is_slower_and_says_so_with_numbers() -> None:
     plain = gs.optimize(blocks(), X)
-    result = optimize(FakeTimer(lambda cost: 100.0 - cost.nodes))
+
+    def timer(before: Cut, after: Cut, threads: int, blocks: int) -> Timing:
+        return Timing((97.0,) * blocks, (98.0,) * blocks)
+
+    result = optimize(timer)
     assert structural_hash(result.graph_module) == structural_hash(plain.graph_module)
     merges = [refusal for refusal in result.report.refusals if refusal.pass_name == "measured-merge-siblings"]
     assert {refusal.code for refusal in merges} == {"slower"}
@@ -69,22 +74,6 @@ def test_a_tie_and_a_gain_within_the_noise_stay_as_they_are() -> None:
         result = optimize(timer, passes=["merge-siblings"])
         assert not result.report.changes
         assert [found.kept for found in entries(result, "merge")] == [False, False]
-
-
-def test_decides_each_stretch_by_itself() -> None:
-    model = nn.Sequential(blocks(1), blocks(1, features=32, heads=4, inner=13))
-    wide = 32 * 12 * 2 * 5  # multiplications of the first bottleneck: on this machine they alone are dear
-
-    def price(cost: Any) -> float:
-        return 10.0 if cost.macs == wide else 1.0 + 0.01 * cost.nodes
-
-    result = optimize(FakeTimer(price), model, passes=["fold-affine"])
-    kept = {found.modules: found.kept for found in entries(result, "fold")}
-    assert kept == {("0.0.down", "0.0.up"): True, ("1.0.down", "1.0.up"): True}
-    result = optimize(FakeTimer(lambda c: 5.0 if c.macs == 32 * 32 * 5 else price(c)), model)
-    kept = {found.modules: found.kept for found in entries(result, "fold")}
-    assert kept[("0.0.down", "0.0.up")] is True
-    assert kept[("1.0.down", "1.0.up")] is False
 
 
 def test_losers_are_left_out_and_the_others_written() -> None:
@@ -234,7 +223,7 @@ def test_the_report_keeps_the_times_in_json_and_shows_them() -> None:
         **{"before_ms": 3.0, "after_ms": 2.0, "ratio": 2 / 3, "least": 2 / 3, "most": 2 / 3},
         **{"blocks": 9, "faster_blocks": 9, "kept": True, "cached": False, "reason": ""},
     }
-    text = str(result.report)
+    text = plain_text(result.report, width=160)
     assert "timed on onnxruntime" in text
     assert "and 1 alike" in text
     assert "2 candidates were timed on onnxruntime, its own choice of threads; 2 kept" in " ".join(
