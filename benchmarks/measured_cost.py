@@ -72,8 +72,8 @@ def picture(name: str, size: int) -> Callable[[], tuple[nn.Module, Any]]:
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "bottleneck 256-144-256, 8 blocks": lambda: (Bottleneck(256, 144, 8), torch.randn(1, 256)),
-    "bottleneck 1024-520-1024, 4 blocks": lambda: (Bottleneck(1024, 520, 4), torch.randn(1, 1024)),
+    "bottleneck 256-100-256, 8 blocks": lambda: (Bottleneck(256, 100, 8), torch.randn(1, 256)),
+    "bottleneck 512-230-512, 4 blocks": lambda: (Bottleneck(512, 230, 4), torch.randn(1, 512)),
     "BERT mini, 8 tokens": small_bert,
     "BERT base, 2 layers, 32 tokens": bert,
     "repvgg_a0, 64x64": picture("repvgg_a0", 64),
