@@ -139,7 +139,7 @@ class OnnxTimer:
                     )
                 names = tuple(self._input(made, i) for i in range(len(made.inputs)))
                 export_onnx(made.gm, _Info(names, made.inputs, {}), path, verify=False)
-            except (GraphSurgeryError, NotMeasured) as error:
+            except (GraphSurgeryError, NotMeasured, OSError) as error:
                 self._failed[made.key] = str(error).splitlines()[0]
                 raise NotMeasured(self._failed[made.key]) from error
         return path
