@@ -24,8 +24,11 @@ from graphsurgery.rewrite import PassResult
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
-def optimize(timer: Any, model: nn.Module | None = None, **options: Any) -> gs.OptimizeResult:
-    return gs.optimize(blocks() if model is None else model, X, cost=measured(timer), **options)
+def optimize(
+    timer: Any, model: nn.Module | None = None, verify: Any = "off", **options: Any
+) -> gs.OptimizeResult:
+    model = blocks() if model is None else model
+    return gs.optimize(model, X, cost=measured(timer), verify=verify, **options)
 
 
 def entries(result: gs.OptimizeResult, part: str) -> list[Measurement]:
@@ -39,7 +42,7 @@ def test_keeps_what_is_faster_and_the_result_is_verified() -> None:
     timer = FakeTimer(by_nodes)
     model = blocks()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    result = optimize(timer, model)
+    result = optimize(timer, model, verify="final")
     assert result.report.verification is not None
     assert result.report.verification.ok
     # q, k and v are one layer each time; so is the bottleneck, with more multiplications than before
@@ -54,7 +57,7 @@ def test_keeps_what_is_faster_and_the_result_is_verified() -> None:
 
 
 def test_keeps_nothing_that_is_slower_and_says_so_with_numbers() -> None:
-    plain = gs.optimize(blocks(), X)
+    plain = gs.optimize(blocks(), X, verify="off")
 
     def timer(before: Cut, after: Cut, threads: int, blocks: int) -> Timing:
         return Timing((97.0,) * blocks, (98.0,) * blocks)
@@ -95,7 +98,7 @@ def test_losers_are_left_out_and_the_others_written() -> None:
 
 
 def test_what_cannot_be_timed_stays() -> None:
-    plain = gs.optimize(blocks(), X)
+    plain = gs.optimize(blocks(), X, verify="off")
     result = optimize(unable)
     assert structural_hash(result.graph_module) == structural_hash(plain.graph_module)
     assert {refusal.code for refusal in result.report.refusals if "measured" in refusal.pass_name} == {
@@ -105,7 +108,7 @@ def test_what_cannot_be_timed_stays() -> None:
 
 
 def test_the_whole_network_has_the_last_word() -> None:
-    plain = gs.optimize(blocks(), X)
+    plain = gs.optimize(blocks(), X, verify="off")
 
     def timer(before: Cut, after: Cut, threads: int, blocks: int) -> Timing:
         whole = before.cost.nodes > 10
@@ -117,8 +120,6 @@ def test_the_whole_network_has_the_last_word() -> None:
     assert any("left out: the whole network with them" in note for note in result.report.captured.notes)
     slower = [refusal for refusal in result.report.refusals if refusal.pass_name == "measured-merge-siblings"]
     assert len(slower) == 2
-    assert result.report.verification is not None
-    assert result.report.verification.ok
 
 
 def test_a_swap_is_timed_and_kept_as_a_whole() -> None:
@@ -126,7 +127,7 @@ def test_a_swap_is_timed_and_kept_as_a_whole() -> None:
         faster = layer_counts(after.gm).get("linear", 0) < layer_counts(before.gm).get("linear", 0)
         return Timing((1.0,) * blocks, (0.5 if faster else 2.0,) * blocks)
 
-    result = optimize(timer, passes=["linear-to-conv1x1", "conv1x1-to-linear"])
+    result = optimize(timer, blocks(1), verify="final", passes=["linear-to-conv1x1", "conv1x1-to-linear"])
     assert "linear" not in layer_counts(result.graph_module)
     assert [found.kept for found in result.report.measured] == [True, False, True]
     assert result.report.measured[-1].kind == "the whole network"
@@ -138,15 +139,15 @@ def test_a_swap_is_timed_and_kept_as_a_whole() -> None:
 
 
 def test_named_passes_are_proposed_and_no_others() -> None:
-    result = optimize(FakeTimer(by_macs), passes=["eliminate-identity", MergeSiblings()])
+    result = optimize(FakeTimer(by_macs), blocks(1), passes=["eliminate-identity", MergeSiblings()])
     assert result.report.passes == ("eliminate-identity", "measured-merge-siblings")
     assert {found.pass_name for found in result.report.measured} == {"measured-merge-siblings"}
 
 
 def test_a_limit_on_parameters_holds_for_proposals() -> None:
-    tight = optimize(FakeTimer(by_nodes), passes=["fold-affine"], max_param_growth=1.0)
+    tight = optimize(FakeTimer(by_nodes), blocks(1), passes=["fold-affine"], max_param_growth=1.0)
     assert not entries(tight, "fold")
-    assert entries(optimize(FakeTimer(by_nodes), passes=["fold-affine"]), "fold")
+    assert entries(optimize(FakeTimer(by_nodes), blocks(1), passes=["fold-affine"]), "fold")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_detects_a_wrong_merge(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(MergeSiblings, "run", wrong)
-    result = optimize(FakeTimer(by_nodes), passes=["merge-siblings"])
+    result = optimize(FakeTimer(by_nodes), verify="final", passes=["merge-siblings"])
     assert result.report.verification is not None
     assert result.report.verification.ok
     assert {failure.pass_name for failure in result.report.failures} == {"measured-merge-siblings"}
