@@ -21,7 +21,7 @@ def test_the_attentions_of_a_bert_are_one_decision(tmp_path: Path) -> None:
     config = BertConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=50
     )
-    model = BertModel(config, add_pooling_layer=False).eval()
+    model = BertModel(config, add_pooling_layer=False)  # taken as in evaluation mode
     ids = torch.arange(12).reshape(2, 6)
     timer = FakeTimer(by_nodes)
     result = gs.optimize(
