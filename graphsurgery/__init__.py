@@ -22,6 +22,7 @@ from graphsurgery.errors import (
 )
 from graphsurgery.localize import Localization, Place, localize
 from graphsurgery.matrix import AffineMatrix, affine_matrix
+from graphsurgery.measure import MeasuredCost
 from graphsurgery.partial import Part, PartsResult, optimize_parts
 from graphsurgery.pipeline import (
     FeatureEnergy,
@@ -63,6 +64,7 @@ __all__ = [
     "HeadSubspace",
     "Localization",
     "ManagerResult",
+    "MeasuredCost",
     "NodeRef",
     "NotAffineError",
     "OptimizeResult",

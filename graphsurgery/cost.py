@@ -139,6 +139,8 @@ class FlopsModel:
 
 
 FLOPS = FlopsModel()
+MEASURED = "measured"
+"""What `graphsurgery.optimize` takes as `cost` to time candidates; it counts nothing, so is no cost model."""
 
 
 def cost_model(wanted: str | CostModel) -> CostModel:
@@ -152,6 +154,11 @@ def cost_model(wanted: str | CostModel) -> CostModel:
             raise PassError(f"cost is the name of a cost model or a CostModel, got {wanted!r}")
         _try_score(wanted)
         return wanted
+    if wanted == MEASURED:
+        raise PassError(
+            f"cost={MEASURED!r} times candidates, which a pass by itself cannot; "
+            "give it to graphsurgery.optimize"
+        )
     if wanted != FLOPS.name:
         raise PassError(f"there is no cost model named {wanted!r}; expected {FLOPS.name!r} or a CostModel")
     return FLOPS

@@ -31,20 +31,21 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"errors", "values", "graph", "verify"},
     "localize": {"errors", "graph", "capture", "verify", "export"},
     "report": {"errors", "cost", "rewrite", "verify", "export", "graph"},
+    "measure": {"errors", "values", "graph", "cost", "rewrite", "passes", "export", "report"},
     "pipeline": {
-        *("errors", "values", "graph", "cost", "affine", "rewrite", "passes"),
+        *("errors", "values", "graph", "cost", "affine", "rewrite", "passes", "measure"),
         *("capture", "restore", "verify", "export", "report", "sharing"),
     },
     "partial": {
         *("errors", "cost", "rewrite", "passes", "capture", "restore", "verify", "export", "report"),
-        "pipeline",
+        *("pipeline", "measure"),
     },
     "backend": {"calls", "capture", "graph", "passes", "pipeline", "rewrite"},
     "cli": {"errors", "report", "pipeline", "__init__", "export"},  # export: how files are put in place
     "__main__": {"cli"},
     "__init__": {
         *("errors", "graph", "cost", "rewrite", "passes", "capture", "restore"),
-        *("verify", "localize", "export", "report", "pipeline", "matrix", "partial"),
+        *("verify", "localize", "export", "report", "pipeline", "matrix", "partial", "measure"),
     },
 }
 # Packages that only these rooms may import.

@@ -1,9 +1,9 @@
 """When a form is worth it: costs compared, with a veto.
 
-Heavy multiplications never rise. Among what does not raise them, the sum of floating-point operations and
-moved elements decides, then nodes, then parameters. A form must beat what it replaces, so that a second run
-finds nothing. Parameters may grow by a bias; by more only where layers and multiplications become fewer, and
-within a stated factor.
+Heavy multiplications never rise, unless a factor is stated by which they may. Among what does not raise them,
+the sum of floating-point operations and moved elements decides, then nodes, then parameters. A form must beat
+what it replaces, so that a second run finds nothing. Parameters may grow by a bias; by more only where layers
+and multiplications become fewer (or more of them are allowed), and within a stated factor.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ def objection(region: Region, option: Option, max_param_growth: float) -> str | 
     """
     before, after, score = region.tally.cost, option.cost, region.scope.cost_model.score
     both = f"now {before}; as one {option.form.kind} {after}"
-    if after.macs > before.macs:
+    if after.macs > region.scope.mac_growth * before.macs:
         return f"folding would take more multiplications: {both}"
     if score(after) >= score(before):
         return f"folding would not be cheaper: {both}"
     if region.tally.layers == 1 and movements(option.form) > region.tally.moving:
         return f"the layer would need more views and permutes around it: {both}"
     bias = option.form.slots.get("bias", (0,))[0]
-    if after.macs < before.macs and region.tally.layers > 1:
+    fewer = after.macs < before.macs or region.scope.mac_growth > 1
+    if fewer and region.tally.layers > 1:
         if after.params > max_param_growth * before.params:
             return f"folding would take more than {max_param_growth:g} times the parameters: {both}"
     elif after.params > before.params + bias:

@@ -71,12 +71,13 @@ class Scope:
         constant: its constant nodes.
         primes: the primes that stand for symbolic sizes.
         cost_model: what is cheaper than what.
+        mac_growth: how many times the heavy multiplications of what it replaces a form may take.
         memory: what was found for regions with equal axes (see `choice.options`).
     """
 
-    def __init__(self, gm: fx.GraphModule, cost_model: CostModel = FLOPS) -> None:
+    def __init__(self, gm: fx.GraphModule, cost_model: CostModel = FLOPS, mac_growth: float = 1.0) -> None:
         """Read symbols and constants off a graph."""
-        self.gm, self.cost_model = gm, cost_model
+        self.gm, self.cost_model, self.mac_growth = gm, cost_model, mac_growth
         self.sizes = Sizes(gm.graph)
         self.constant = constant_nodes(gm.graph)
         self.primes = tuple(self.sizes.primes)

@@ -80,6 +80,13 @@ class VerifyMode(str, Enum):
     OFF = "off"
 
 
+class CostMode(str, Enum):
+    """What `optimize` decides by."""
+
+    FLOPS = "flops"
+    MEASURED = "measured"
+
+
 def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
     """Turn what a command raises or returns into one sentence on stderr and an exit code."""
 
@@ -159,6 +166,10 @@ def optimize(
     data: Data = None,
     data_limit: DataLimit = None,
     opset: Opset = None,
+    cost: Annotated[
+        CostMode,
+        typer.Option("--cost", help="Decide by counts alone, or time on onnxruntime what counts leave open."),
+    ] = CostMode.FLOPS,
     in_parts: Annotated[
         bool,
         typer.Option(
@@ -180,6 +191,7 @@ def optimize(
         data,
         data_limit,
         opset,
+        cost.value,
     )
     outcome = parts.optimize_parts(request, ERR) if in_parts else run.optimize(request, ERR)
     if as_json:

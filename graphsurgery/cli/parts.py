@@ -46,7 +46,7 @@ def optimize_parts(request: Request, console: Console) -> PartsOutcome:
     """
     passes = None
     if request.passes is not None or request.options:
-        passes = with_options(gs.passes.select(request.passes), request.options)
+        passes = with_options(gs.passes.select(request.passes, request.cost), request.options)
     _check(request)
     check_opset(request.opset, request.output)
     loaded = load_model(request.model)
@@ -56,7 +56,12 @@ def optimize_parts(request: Request, console: Console) -> PartsOutcome:
     reject_non_finite(loaded, request.model)
     with progress(console) as on_event, ExitStack() as files:
         result = gs.optimize_parts(
-            loaded.model, inputs, passes=passes, verify=request.verify, on_event=on_event
+            loaded.model,
+            inputs,
+            passes=passes,
+            verify=request.verify,
+            on_event=on_event,
+            cost=request.cost if request.cost == "measured" else None,
         )
         ok = result.verdict is None or result.verdict.ok
         written: list[Path] = []

@@ -52,6 +52,7 @@ class Request:
         data: The user's own data, an `.npz` file or a folder of `.npy` files.
         data_limit: How many samples of it are run at most.
         opset: Opset of the ONNX file; None leaves it to the export.
+        cost: What decides: counts, or times where they leave doubt.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Request:
     data: Path | None = None
     data_limit: int | None = None
     opset: int | None = None
+    cost: Literal["flops", "measured"] = "flops"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def optimize(request: Request, console: Console) -> Outcome:
         GraphSurgeryError: As raised by the pipeline.
     """
     # an unknown name or option is said before any work is done
-    passes = with_options(gs.passes.select(request.passes), request.options)
+    passes = with_options(gs.passes.select(request.passes, request.cost), request.options)
     outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
     check_writable(outputs)
     check_opset(request.opset, request.output)
@@ -109,6 +111,7 @@ def optimize(request: Request, console: Console) -> Outcome:
             on_event=on_event,
             data=data,
             data_limit=request.data_limit,
+            cost=request.cost if request.cost == "measured" else None,  # passes have their own of the other
         )
         ok = _verified(result.report)
         if not ok:

@@ -18,7 +18,15 @@ from torch import Tensor
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.export.guard import check_contents
 
-__all__ = ["OnnxSession", "input_shapes", "latency_ms", "load_model", "node_counts", "read_model"]
+__all__ = [
+    "OnnxSession",
+    "input_shapes",
+    "latency_ms",
+    "load_model",
+    "node_counts",
+    "read_model",
+    "runtime_version",
+]
 
 StrPath = str | os.PathLike[str]
 
@@ -35,6 +43,11 @@ _DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
+
+
+def runtime_version() -> str:
+    """Return the version of onnxruntime."""
+    return str(ort.__version__)
 
 
 def read_model(path: StrPath, *, weights: bool = True) -> onnx.ModelProto:

@@ -23,6 +23,7 @@ from graphsurgery.capture.program import quiet
 from graphsurgery.capture.state import kept, unwrap
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, VerificationError
+from graphsurgery.measure import MeasuredCost
 from graphsurgery.partial.calls import comparable, free_of_history, merged, own_copy
 from graphsurgery.partial.fold import Outcome, Settings, fold_part
 from graphsurgery.partial.graft import Grafts
@@ -49,7 +50,7 @@ def optimize_parts(
     passes: Passes = None,
     verify: VerifyMode = "final",
     max_param_growth: float | None = None,
-    cost: str | CostModel | None = None,
+    cost: str | CostModel | MeasuredCost | None = None,
     on_event: OnEvent | None = None,
 ) -> PartsResult:
     """Fold the largest submodules of a model that can be captured, and leave the rest as it is.

@@ -21,6 +21,7 @@ from graphsurgery.capture.inputs import Inputs
 from graphsurgery.capture.program import depends_on_values
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, GraphSurgeryError
+from graphsurgery.measure import MeasuredCost
 from graphsurgery.partial.calls import size
 from graphsurgery.partial.departure import departure, resized, runs
 from graphsurgery.pipeline import OptimizeResult, Passes, VerifyMode, optimize
@@ -40,7 +41,7 @@ class Settings:
     passes: Passes = None
     verify: VerifyMode = "final"
     max_param_growth: float | None = None
-    cost: str | CostModel | None = None
+    cost: str | CostModel | MeasuredCost | None = None
     fixed_sizes: bool = False
 
     def optimize(self, module: nn.Module, inputs: Inputs, shapes: Any) -> OptimizeResult:

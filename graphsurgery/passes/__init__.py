@@ -10,8 +10,9 @@ if __name__ != "graphsurgery.passes":
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-from graphsurgery.cost import FLOPS, CostModel, cost_model
+from graphsurgery.cost import FLOPS, MEASURED, cost_model
 from graphsurgery.errors import PassError
 from graphsurgery.passes.commute_pointwise import CommutePointwise
 from graphsurgery.passes.conv1x1_to_linear import Conv1x1ToLinear
@@ -94,26 +95,30 @@ def find(name: str) -> type[Pass]:
     raise PassError(f"there is no pass named {name!r}; {hint}")
 
 
-def default_passes(cost: str | CostModel | None = None) -> tuple[Pass, ...]:
+def default_passes(cost: Any = None) -> tuple[Pass, ...]:
     """New instances of the passes that run when none are named; registered passes run only when named.
 
     Args:
-        cost: The cost model to use. One that is not by FLOPs brings in the passes that never pay by FLOPs.
+        cost: The cost model to use, by name or itself. One that is not by FLOPs brings in the passes that
+            never pay by FLOPs; "measured", or settings of that name, those of which no count tells whether
+            they pay.
     """
     found = tuple(item() for item in ALL_PASSES if item.default)
+    if getattr(cost, "name", cost) == MEASURED:
+        return (*found, MergeSiblings(), LinearToConv1x1(), Conv1x1ToLinear())
     if cost is not None and cost_model(cost) is not FLOPS:
         found += (MergeSiblings(cost=cost),)
     return found
 
 
 def select(
-    passes: Iterable[str | Pass | type[Pass]] | str | Pass | None, cost: str | CostModel | None = None
+    passes: Iterable[str | Pass | type[Pass]] | str | Pass | None, cost: Any = None
 ) -> tuple[Pass, ...]:
     """Instances of the passes asked for.
 
     Args:
         passes: Names, instances or classes of passes, in the order to run; None for the default ones.
-        cost: The cost model that the default ones are chosen by.
+        cost: What the default ones are chosen by, see `default_passes`.
 
     Raises:
         PassError: A name is unknown, or an item is no pass.

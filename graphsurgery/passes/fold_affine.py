@@ -47,12 +47,15 @@ class FoldAffine(Pass):
             heavy multiplications.
         memory_budget: bytes that one chunk of probes may take.
         cost: what is cheaper than what; "flops" or a `graphsurgery.cost.CostModel`. Whatever it says, heavy
-            multiplications never rise.
+            multiplications never rise by more than `max_mac_growth`.
+        max_mac_growth: how many times the heavy multiplications of the layers that it replaces a form may
+            take, where `cost` finds it cheaper all the same; by default none more.
     """
 
     max_param_growth: float = DEFAULT_PARAM_GROWTH
     memory_budget: int = DEFAULT_BUDGET
     cost: str | CostModel = "flops"
+    max_mac_growth: float = 1.0
 
     name: ClassVar[str] = "fold-affine"
     summary: ClassVar[str] = (
@@ -65,9 +68,11 @@ class FoldAffine(Pass):
         Raises:
             PassError: one of them makes no sense.
         """
-        growth, budget = self.max_param_growth, self.memory_budget
-        if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not growth >= 1:
-            raise PassError(f"max_param_growth of {self.name!r} is a number of at least 1, got {growth!r}")
+        budget = self.memory_budget
+        for option in ("max_param_growth", "max_mac_growth"):
+            growth = getattr(self, option)
+            if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not growth >= 1:
+                raise PassError(f"{option} of {self.name!r} is a number of at least 1, got {growth!r}")
         if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
             raise PassError(f"memory_budget of {self.name!r} is a positive number of bytes, got {budget!r}")
         cost_model(self.cost)
@@ -79,7 +84,7 @@ class FoldAffine(Pass):
         changes: list[Change] = []
         tried: set[str] = set()
         while True:  # what was written may fold again: the scale of a norm, a view beside a view
-            scope = Scope(work, model)
+            scope = Scope(work, model, self.max_mac_growth)
             search = Search(scope, self.max_param_growth)
             plan = dissolved(search, search.folds())
             ready = self._together(plan)
@@ -114,7 +119,9 @@ class FoldAffine(Pass):
                 tuple(nodes[node.name] for node in found.others),
             )
             partial = regroup(trial, same)
-            folds = Search(Scope(trial, search.scope.cost_model), self.max_param_growth).folds()
+            folds = Search(
+                Scope(trial, search.scope.cost_model, self.max_mac_growth), self.max_param_growth
+            ).folds()
             if any(partial in fold.region.nodes for fold in folds):
                 return trial
         return None

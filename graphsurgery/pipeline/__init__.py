@@ -23,6 +23,7 @@ from graphsurgery.capture import capture
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, PassError
 from graphsurgery.graph import capture_info
+from graphsurgery.measure import MeasuredCost, measured_cost
 from graphsurgery.pipeline.heads import (
     FeatureEnergy,
     HeadSubspace,
@@ -30,12 +31,14 @@ from graphsurgery.pipeline.heads import (
     head_subspace,
     split_head,
 )
+from graphsurgery.pipeline.measured import Trial
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.pipeline.result import OptimizeResult
 from graphsurgery.report import Report
 from graphsurgery.report.build import build_report
 from graphsurgery.rewrite import Event, Pass, PassManager
 from graphsurgery.rewrite.fingerprint import held_tensors
+from graphsurgery.rewrite.manager import MAX_ROUNDS
 from graphsurgery.verify import Data, Verdict
 
 __all__ = [
@@ -66,7 +69,7 @@ def optimize(
     dynamic_shapes: Any = None,
     on_event: OnEvent | None = None,
     max_param_growth: float | None = None,
-    cost: str | CostModel | None = None,
+    cost: str | CostModel | MeasuredCost | None = None,
     data: Data | Iterable[Any] | None = None,
     data_limit: int | None = None,
 ) -> OptimizeResult:
@@ -86,7 +89,10 @@ def optimize(
             the option of that name of every pass that has it.
         cost: What is cheaper than what, `"flops"` or a `graphsurgery.cost.CostModel`; replaces the option of
             that name of every pass that has it. Among the default passes, `merge-siblings` runs only where
-            this is given and finds the merged layer cheaper.
+            this is given and finds the merged layer cheaper. `"measured"` or a
+            `graphsurgery.MeasuredCost` times on onnxruntime what no count decides (mergers of
+            siblings, folds with more multiplications in fewer calls, the swaps; of named passes those) and
+            keeps what is clearly faster. All else is then by FLOPs.
         data: The caller's own inputs, on which every comparison is made besides: an iterable (a list, a
             DataLoader) of batches, each as `example_inputs` is; what comes behind the inputs (a label) is
             left out, and a note says so.
@@ -112,31 +118,48 @@ def optimize(
         )
     if verify not in ("final", "each-pass", "off"):
         raise ValueError(f"verify must be 'final', 'each-pass' or 'off', got {verify!r}")
+    settings = measured_cost(cost)
     chosen = _with_option(_passes.select(passes, cost), "max_param_growth", max_param_growth)
     _keeps_signature(chosen)
-    chosen = _with_option(chosen, "cost", cost)
-    stages = _Stages(on_event, ("capture", "passes", "restore", "verify")[: 3 if verify == "off" else 4])
+    trial = None if settings is None else Trial(settings, chosen)
+    chosen = trial.passes if trial is not None else _with_option(chosen, "cost", cost)
+    rounds = MAX_ROUNDS if trial is None else trial.max_rounds
+    names = ("capture", "passes", *(["measure"] if trial is not None else []), "restore")
+    stages = _Stages(on_event, names if verify == "off" else (*names, "verify"))
     shared = _write_nothing(chosen)
     with stages("capture"):
         gm = _capture(model, example_inputs, dynamic_shapes, shared)
     proof = Proof(model, gm, on_event, read, shared=shared)
     if read is not None:
         read.check(proof.example)
-    manager = PassManager(chosen, on_event=on_event)
+    manager = PassManager(chosen, on_event=on_event, max_rounds=rounds)
     if verify == "each-pass":
         with stages.untold("verify:captured"):
             proof.check_captured()
-        manager = PassManager(chosen, check=proof.check_pass, on_event=on_event)
+        manager = PassManager(chosen, check=proof.check_pass, on_event=on_event, max_rounds=rounds)
+    example = proof.info if verify == "each-pass" else None
     with stages("passes"):
-        result = manager(gm, proof.info if verify == "each-pass" else None)
+        result = manager(gm, example)
+    if trial is not None:
+        with stages("measure"):
+            if trial.slower(gm, result):
+                manager = trial.without(manager)
+                proof.pass_checks.clear()
+                result = manager(gm, example)
     with stages("restore"):
         result, module = proof.handed_out(result)
     verdict: Verdict | None = None
     if verify != "off":
         with stages("verify"):
             result, module, verdict = proof.verified(manager, result, module)
+            if trial is not None and trial.slower(gm, result):  # what is left where a change was undone
+                manager = trial.without(manager)
+                result, module = proof.handed_out(manager(gm, example))
+                result, module, verdict = proof.verified(manager, result, module)
     report = build_report(gm, chosen, result, stages.seconds)
     report = replace(report, verify_mode=verify, verification=verdict, pass_checks=tuple(proof.pass_checks))
+    if trial is not None:
+        report = trial.told(report, result)
     return OptimizeResult(module, result.graph_module, report, proof, dynamic_shapes)
 
 

@@ -199,11 +199,17 @@ class Proof:
                 ]
             whole = {f.pass_name for f in failures if f.code != "no-fixed-point" and not f.changes}
             remaining = tuple(item for item in manager.passes if item.name not in whole)
-            manager = PassManager(remaining, check=manager.check, on_event=manager.on_event, sealed=sealed)
+            manager = PassManager(
+                remaining,
+                check=manager.check,
+                on_event=manager.on_event,
+                max_rounds=manager.max_rounds,
+                sealed=sealed,
+            )
             result = manager(self.captured)
             failures += result.failures
             for name, spent in result.seconds.items():
-                seconds[name] += spent
+                seconds[name] = seconds.get(name, 0.0) + spent
             result, module = self.handed_out(result)
         return replace(result, failures=tuple(failures), seconds=seconds), module, verdict
 

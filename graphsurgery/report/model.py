@@ -11,9 +11,18 @@ from graphsurgery.rewrite.contracts import Change, Refusal
 from graphsurgery.rewrite.records import PassFailure
 from graphsurgery.verify.verdict import Verdict
 
-__all__ = ["SCHEMA_VERSION", "Captured", "Figures", "OnnxFile", "PassCheck", "Report", "TensorSpec"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Captured",
+    "Figures",
+    "Measurement",
+    "OnnxFile",
+    "PassCheck",
+    "Report",
+    "TensorSpec",
+]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,41 @@ class PassCheck:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """A candidate that was timed on onnxruntime beside what it would replace (`cost="measured"`).
+
+    Attributes:
+        pass_name: Who proposed it; `"measured"` for the last comparison, of the whole networks.
+        kind: What it is, as the kind of a change.
+        modules: The user's modules that it is about.
+        before_ms: Median time of what is there; None where it could not be timed.
+        after_ms: Median time of what was proposed.
+        ratio: Median over the blocks of the second by the first.
+        least: The least ratio of a block.
+        most: The greatest.
+        blocks: Blocks of interleaved runs.
+        faster_blocks: Those in which the proposal was faster.
+        kept: Whether it is in the result.
+        cached: Whether the times are those of an equal candidate, or of an earlier run.
+        reason: Why it could not be timed.
+    """
+
+    pass_name: str
+    kind: str
+    modules: tuple[str, ...]
+    before_ms: float | None = None
+    after_ms: float | None = None
+    ratio: float | None = None
+    least: float | None = None
+    most: float | None = None
+    blocks: int = 0
+    faster_blocks: int = 0
+    kept: bool = False
+    cached: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class OnnxFile:
     """An ONNX file that was written and verified.
 
@@ -128,6 +172,7 @@ class Report:
         onnx: The exported file; None until there is one.
         seconds: Wall time of each stage, and of each pass under `pass:<name>`.
         torch_version: Version of torch it was made with.
+        measured: What was timed to decide, with `cost="measured"`.
     """
 
     schema_version: int
@@ -146,6 +191,7 @@ class Report:
     onnx: OnnxFile | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     torch_version: str = ""
+    measured: tuple[Measurement, ...] = ()
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """The report as JSON text; non-finite floats as `"NaN"`, `"Infinity"`, `"-Infinity"`.

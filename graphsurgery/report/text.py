@@ -6,17 +6,30 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from graphsurgery.report.model import Report
+from graphsurgery.report.model import Measurement, Report
 from graphsurgery.rewrite.contracts import Change, NodeRef, Refusal
 
-__all__ = ["changes_text", "figures_table", "plain_text", "refusals_text", "render", "verification_text"]
+__all__ = [
+    "changes_text",
+    "figures_table",
+    "measured_table",
+    "plain_text",
+    "refusals_text",
+    "render",
+    "verification_text",
+]
 
+
+_FEW = 3
+_LONG = 40
+"""Modules and characters of a candidate that a line of the table of times shows."""
 
 _NAMED = 12
 """Modules, and operations, of one change that are named one by one; the JSON report has them all."""
@@ -47,6 +60,8 @@ def render(report: Report, *, limit: int | None = None) -> RenderableType:
     """
     parts: list[RenderableType] = [_headline(report), figures_table(report)]
     parts += [Text(f"note: {note}") for note in report.captured.notes]
+    if report.measured:
+        parts.append(measured_table(report.measured))
     parts.append(changes_text(report.changes, limit=limit))
     parts.append(refusals_text(report.refusals, limit=limit))
     for failure in report.failures:
@@ -111,6 +126,33 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def measured_table(measured: Iterable[Measurement]) -> Table:
+    """What was timed to decide, equal candidates as one line."""
+    table = Table(show_edge=False, pad_edge=False, title="timed on onnxruntime", title_justify="left")
+    for name in ("candidate", "where"):
+        table.add_column(name, overflow="fold")
+    for name in ("before, ms", "after, ms", "ratio", "faster in", ""):
+        table.add_column(name, justify="right")
+    groups: dict[Measurement, list[Measurement]] = {}
+    for found in measured:
+        groups.setdefault(replace(found, modules=(), cached=False), []).append(found)
+    for found, members in groups.items():
+        modules = members[0].modules
+        where = ", ".join(modules[:_FEW]) + (", ..." if len(modules) > _FEW else "")
+        where += f" and {len(members) - 1} alike" if len(members) > 1 else ""
+        what = found.kind if len(found.kind) <= _LONG else found.kind[: _LONG - 3] + "..."
+        if found.ratio is None:
+            table.add_row(what, where, "", "", "", "", f"not timed: {found.reason}")
+            continue
+        spread = f"{found.ratio:.3f} ({found.least:.3f}-{found.most:.3f})"
+        blocks = f"{found.faster_blocks} of {found.blocks}"
+        times = _number(found.before_ms), _number(found.after_ms)
+        said = "kept" if found.kept else "left"
+        said += ", known" if all(member.cached for member in members) else ""
+        table.add_row(what, where, *times, spread, blocks, said)
+    return table
 
 
 def changes_text(changes: Iterable[Change], *, limit: int | None = None) -> RenderableType:

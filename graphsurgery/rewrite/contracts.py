@@ -136,12 +136,14 @@ class Pass(ABC):
         summary: What it does, in one line.
         preserves: What it leaves as it was.
         default: Whether `graphsurgery.optimize` runs it when no passes are named.
+        waits: Whether the pass manager runs it only once the passes before it change nothing any more.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     preserves: ClassVar[Preserves] = Preserves()
     default: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, gm: fx.GraphModule) -> PassResult:

@@ -34,7 +34,10 @@ from graphsurgery.rewrite.fingerprint import Ledger, fingerprint, held_tensors
 from graphsurgery.rewrite.records import CheckResult, Event, EventKind, ManagerResult, PassFailure, Step
 from graphsurgery.rewrite.sealing import Attempt, seal, separate, unseal
 
-__all__ = ["PassManager"]
+__all__ = ["MAX_ROUNDS", "PassManager"]
+
+MAX_ROUNDS = 8
+"""Rounds that passes may take unless more are allowed; those at hand settle in two or three."""
 
 Check = Callable[[fx.GraphModule, fx.GraphModule, Pass], CheckResult]
 
@@ -62,7 +65,7 @@ class PassManager:
         *,
         check: Check | None = None,
         on_event: Callable[[Event], None] | None = None,
-        max_rounds: int = 8,
+        max_rounds: int = MAX_ROUNDS,
         strict: bool = False,
         sealed: Mapping[str, Collection[str]] | None = None,
     ) -> None:
@@ -145,6 +148,8 @@ class _Run:
             self.round += 1
             changed = False
             for index in range(len(self.manager.passes)):
+                if changed and self.manager.passes[index].waits:
+                    continue  # its turn comes in the round in which those before it change nothing
                 if index not in self.disabled and self.settled.get(index) != self.current.print:
                     changed |= self._run_pass(index)
                     self.ledger.keep(self._graphs())

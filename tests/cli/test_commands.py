@@ -13,6 +13,7 @@ import torch
 
 import graphsurgery as gs
 from graphsurgery.cli.app import OUT, main
+from graphsurgery.measure import Timing, bench
 
 MODELS = '''
 import torch
@@ -341,3 +342,23 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert "optimize" in said.out + said.err
     assert torch.is_grad_enabled()
+
+
+def test_optimize_takes_measured_cost(
+    models: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timer() -> object:
+        return lambda before, after, threads, blocks: Timing((1.0,) * blocks, (2.0,) * blocks)
+
+    monkeypatch.setattr(bench, "OnnxTimer", timer)
+    monkeypatch.setenv("GRAPHSURGERY_TIMINGS", "off")
+    code = run("optimize", f"{models}:net", *INPUT, "--cost", "measured", "--verify", "off", "--json")
+    report = gs.Report.from_json(capsys.readouterr().out)
+    assert code == 0
+    assert {"measured-fold-affine", "measured-merge-siblings"} < set(report.passes)
+    assert [(found.pass_name, found.kept) for found in report.measured] == [
+        ("measured-linear-to-conv1x1", False)
+    ]
+    options = ("--passes", "merge-siblings", "--cost", "measured", "--verify", "off", "--json")
+    assert run("optimize", f"{models}:net", *INPUT, *options) == 0
+    assert gs.Report.from_json(capsys.readouterr().out).passes == ("measured-merge-siblings",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -1042,3 +1043,41 @@ def test_folds_coefficients_that_are_tiny_beside_the_shift(size: float, views: b
     assert "batch_norm" not in ops(result.graph_module)
     wanted = model(x)
     assert (result.graph_module(x) - wanted).abs().max() <= 1e-13 * wanted.abs().max()
+
+
+# -- more multiplications, where a limit and a cost model allow them
+
+
+@dataclass(frozen=True)
+class FewCalls:
+    """A cost model that counts calls only."""
+
+    name: str = "calls"
+
+    def score(self, cost: Cost) -> tuple[float, ...]:
+        return (cost.nodes, cost.flops)
+
+
+def test_folds_into_more_multiplications_where_they_are_allowed() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(32, 12), nn.Linear(12, 32))).double()
+    x = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gm = capture(model, (x,))
+    for refused in (FoldAffine(cost=FewCalls()), FoldAffine(cost=FewCalls(), max_mac_growth=1.3)):
+        result = refused.run(gm)
+        assert not result.changes
+        assert [refusal.code for refusal in result.refusals] == ["costs-more"]
+    allowed = FoldAffine(cost=FewCalls(), max_mac_growth=1.4)
+    result = allowed.run(gm)
+    assert ops(result.graph_module) == ["linear"]
+    with torch.no_grad():
+        assert (result.graph_module(x) - model(x)).abs().max() <= 1e-10 * model(x).abs().max()
+    assert not allowed.run(result.graph_module).changes
+    by_flops = FoldAffine(max_mac_growth=1.4).run(gm)
+    assert not by_flops.changes
+    tight = FoldAffine(cost=FewCalls(), max_mac_growth=1.4, max_param_growth=1.2).run(gm)
+    assert "1.2 times the parameters" in tight.refusals[0].reason
+
+
+def test_refuses_a_limit_on_multiplications_below_one() -> None:
+    with pytest.raises(PassError, match="max_mac_growth"):
+        FoldAffine(max_mac_growth=0.5)

@@ -12,7 +12,16 @@ import pytest
 from rich.console import Console
 
 from graphsurgery.cost import Cost
-from graphsurgery.report import SCHEMA_VERSION, Captured, Figures, OnnxFile, PassCheck, Report, TensorSpec
+from graphsurgery.report import (
+    SCHEMA_VERSION,
+    Captured,
+    Figures,
+    Measurement,
+    OnnxFile,
+    PassCheck,
+    Report,
+    TensorSpec,
+)
 from graphsurgery.report.codec import from_plain, to_plain
 from graphsurgery.report.text import plain_text
 from graphsurgery.rewrite import Change, NodeRef, PassFailure, Refusal
@@ -78,6 +87,12 @@ def report() -> Report:
         onnx=OnnxFile("out.onnx", 4000, 20, False, verdict()),
         seconds={"capture": 0.5, "pass:fold-affine": 0.25},
         torch_version="2.14",
+        measured=(
+            Measurement(
+                "measured-merge-siblings", "linear+linear", ("q", "k"), 0.25, 0.2, 0.8, 0.7, 0.9, 9, 9, True
+            ),
+            Measurement("measured-fold-affine", "linear+linear", ("a", "b"), reason="no kernel for Gemm"),
+        ),
     )
 
 
@@ -127,6 +142,7 @@ def test_the_schema_is_stable(report: Report) -> None:
             "refusals",
         ),
         *("failures", "verify_mode", "verification", "pass_checks", "onnx", "seconds", "torch_version"),
+        "measured",
     ]
 
 
@@ -142,7 +158,7 @@ def edited(report: Report, *path: str | int, value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 1, "schema version 2, got version 1"),
+        (("schema_version",), 1, "schema version 3, got version 1"),
         (("model",), 3, r"report\.model: expected str, got 3"),
         (("rounds",), True, r"report\.rounds: expected int"),
         (("rounds",), 2.0, r"report\.rounds: expected int"),

@@ -460,3 +460,25 @@ def test_our_pass_runs_in_torchs_pass_manager(gm: fx.GraphModule, inputs: tuple[
     assert torch.equal(result.graph_module(*inputs)["a"], gm(*inputs)["a"])
     assert structural_hash(gm) == before
     assert not TorchPassManager([DropOneRelu()])(result.graph_module).modified
+
+
+# -- passes that wait
+
+
+def test_a_pass_that_waits_runs_only_on_what_the_others_have_settled(
+    gm: fx.GraphModule, inputs: tuple[torch.Tensor]
+) -> None:
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Last(Pass):
+        name: ClassVar[str] = "last"
+        summary: ClassVar[str] = "looks"
+        waits: ClassVar[bool] = True
+
+        def run(self, gm: fx.GraphModule) -> PassResult:
+            seen.append(sum(node.target == aten.relu.default for node in gm.graph.nodes))
+            return PassResult(gm)
+
+    PassManager([DropOneRelu(), Last()])(gm, inputs)
+    assert seen == [1]
