@@ -279,15 +279,15 @@ class OnnxRunner:
         except RuntimeUnavailableError:
             return None
 
-    def evaluated(self, *, double: bool) -> OnnxVariant:
-        """Return a runner on the ONNX reference evaluator: in float64, or in its own dtypes by formula.
+    def evaluated(self, *, double: bool, by_formula: bool = False) -> OnnxVariant:
+        """Return a runner on the ONNX reference evaluator: in float64 or its own dtypes, perhaps by formula.
 
         Raises:
             RuntimeUnavailableError: The graph is too large for that, or uses what it does not know.
         """
         from graphsurgery.export.evaluator import Evaluator
 
-        evaluator = Evaluator.of_file(self.path, double=double, by_formula=not double)
+        evaluator = Evaluator.of_file(self.path, double=double, by_formula=by_formula)
         return OnnxVariant(f"{self.name} in float64" if double else self.name, evaluator, self._names)
 
     def nudged(self, seed: int, ulps: float) -> Runner | None:
