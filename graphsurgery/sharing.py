@@ -13,11 +13,21 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphsurgery.graph import copy_graph_module
 
-__all__ = ["LARGE_BYTES", "SMALL_BYTES", "WriteGuard", "is_large", "large_tensors", "own_memory", "put_back"]
+__all__ = [
+    "LARGE_BYTES",
+    "SMALL_BYTES",
+    "WriteGuard",
+    "is_large",
+    "large_tensors",
+    "own_memory",
+    "plain_tensors",
+    "put_back",
+]
 
 LARGE_BYTES = 2**28
 """Models of more bytes than this are shared; smaller ones are copied, which is simpler and no dearer."""
@@ -38,11 +48,15 @@ def large_tensors(module: nn.Module) -> list[torch.Tensor]:
     """
     if not is_large(module):
         return []
+    return [tensor for tensor in plain_tensors(module) if _bytes(tensor) > SMALL_BYTES]
+
+
+def plain_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters and buffers of a module that are plain and dense, each once."""
     plain = (torch.Tensor, nn.Parameter, nn.Buffer)
-    found = {id(t): t for t in (*module.parameters(), *module.buffers()) if _bytes(t) > SMALL_BYTES}
     return [
         tensor
-        for tensor in found.values()
+        for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
         if type(tensor) in plain and tensor.layout is torch.strided and not tensor.is_quantized
     ]
 
@@ -93,17 +107,24 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts back what is written into the memory of some tensors while it is entered.
 
     Every call through torch is seen, those on `.data` and on views too. What writes behind torch's back
-    (numpy, an operator that does not declare it) is not.
+    (numpy, an operator that does not declare it), in another thread or in the body of a control-flow operator
+    is not.
 
     Args:
         tensors: The tensors, plain and dense.
+
+    Attributes:
+        wrote: Whether anything was written, in all the time that it was entered.
     """
+
+    supports_higher_order_operators = True  # without, torch raises where a forward holds one
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         storages = [tensor.untyped_storage() for tensor in tensors]
         self._storages = {storage._cdata: storage for storage in storages}
         self._saved: dict[int, torch.UntypedStorage] = {}
+        self.wrote = False
 
     def __torch_dispatch__(
         self,
@@ -113,7 +134,7 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
             with _disable_current_modes():
                 self._save(func, args, kwargs)
         return func(*args, **kwargs)
@@ -127,6 +148,7 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 key = _storage_key(tensor)
                 if key is not None and key in self._storages and key not in self._saved:
                     self._saved[key] = self._storages[key].clone()  # type: ignore[no-untyped-call]
+                    self.wrote = True
 
     def __exit__(self, *error: Any) -> None:
         """Put back what was written."""

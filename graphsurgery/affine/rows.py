@@ -78,6 +78,7 @@ def _cut(region: Region, features: int) -> dict[fx.Node, int] | None:
     None where features are not alone from the last Linears on.
     """
     scope, inside = region.scope, set(region.nodes)
+    needed = set(_needed(region))
     tail, along = {region.exit}, set[fx.Node]()
     cut: dict[fx.Node, int] = {}
     for node in reversed(region.nodes):
@@ -100,7 +101,7 @@ def _cut(region: Region, features: int) -> dict[fx.Node, int] | None:
         for constant in constants:
             if not isinstance(constant, fx.Node):
                 continue
-            if constant.op != "get_attr" or (inside & set(constant.users)) - tail:
+            if constant.op != "get_attr" or (needed & set(constant.users)) - tail:
                 return None
             shape = scope.shape(constant)
             dim = len(shape) - 1 if node in along else 0

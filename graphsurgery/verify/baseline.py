@@ -23,7 +23,7 @@ from graphsurgery.verify.data import Data
 from graphsurgery.verify.extra import Extra
 from graphsurgery.verify.inputs import CASES, Batch, Inputs, as_inputs, batch_size, battery, samples_for
 from graphsurgery.verify.judge import judge
-from graphsurgery.verify.operators import add_rounding_of_operators
+from graphsurgery.verify.operators import add_rounding_of_operators, as_before
 from graphsurgery.verify.outputs import Outputs
 from graphsurgery.verify.precision import cause_of_nan, nudge_inputs
 from graphsurgery.verify.runners import OnnxRunner, ReferenceRunner, TorchRunner, runner_for
@@ -183,10 +183,10 @@ class Baseline:
         if self.draws < _DRAWS and any(not output.within_noise for output in verdict.outputs):
             self._draw_again()
             verdict = judge(self, runner)
-        if any(not output.within_noise for output in verdict.outputs) and add_rounding_of_operators(
-            self, runner
-        ):
-            verdict = judge(self, runner)
+        if any(not output.within_noise for output in verdict.outputs):
+            with as_before(self):
+                if add_rounding_of_operators(self, runner):
+                    verdict = judge(self, runner)
         return verdict
 
     # -- running the reference ----------------------------------------------------------------------------

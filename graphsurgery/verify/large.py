@@ -96,7 +96,8 @@ class LargeRunner:
     """Runs a module that is ours alone with its parameters turned as they are read, none held in between.
 
     A forward that looks at the dtype of a parameter itself (the recurrent layers of torch do) is run with all
-    of them turned at once, as a small one.
+    of them turned at once, as a small one. So is one that writes into its tensors (a cache that it fills and
+    reads): what is turned is let go, and what was written there with it.
 
     Args:
         name: What a report calls it.
@@ -107,6 +108,7 @@ class LargeRunner:
         moved: By how many units in the last place the parameters are moved, and the seed of it; None not at
             all.
         shared: Tensors whose memory is not ours alone.
+        writes: Whether the forward is known to write into the module's tensors.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class LargeRunner:
         double: bool,
         moved: tuple[float, int] | None = None,
         shared: Sequence[Tensor] = (),
+        writes: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
         self._whole = whole
@@ -126,9 +129,12 @@ class LargeRunner:
         self._double = double
         self._moved = moved
         self._shared = shared
+        self._writes = writes
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs."""
+        if self._writes():
+            return self._turned_at_once(inputs)
         # Made before the float64 mode is entered, under which it would read all weights in float64.
         turned = TurnedMode(self._module, *self._moved, double=self._double) if self._moved else None
         with ExitStack() as modes:
@@ -141,7 +147,10 @@ class LargeRunner:
                 modes.enter_context(_BeforeConvolutions(turned.turn if turned else promote))
             try:
                 return self._call(self._module, to_float64(inputs) if self._double else inputs)
-            except Exception:
-                if not self._double:
-                    raise
-        return self._whole().run(inputs)
+            except Exception:  # noqa: BLE001 - a dtype that does not fit, an operator that takes no mode
+                pass
+        return self._turned_at_once(inputs)
+
+    def _turned_at_once(self, inputs: Inputs) -> Outputs:
+        with put_back(self._shared):  # what is no float is not turned, and shared still
+            return self._whole().run(inputs)

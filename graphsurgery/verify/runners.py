@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from graphsurgery.digest import tensor_digest
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
-from graphsurgery.sharing import is_large, large_tensors, put_back
+from graphsurgery.sharing import WriteGuard, is_large, large_tensors, plain_tensors
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.large import LargeRunner
 from graphsurgery.verify.outputs import Outputs, flatten_outputs, structure_text
@@ -92,8 +94,8 @@ class TorchRunner:
 
     The caller's module is never run: everything happens on deep copies, so buffers, training flags and hooks
     of the caller stay as they are. The copy of a large module shares the memory of its large tensors; what a
-    run writes there is put back. The global random state is restored after each run, which starts from one
-    seed.
+    run writes into any of its tensors is put back. The global random state is restored after each run, which
+    starts from one seed.
 
     Args:
         module: The program.
@@ -112,6 +114,8 @@ class TorchRunner:
         self.module = module
         self._shared = large_tensors(module) if share else []
         self._copy = self._fresh()
+        self._writes = False
+        self._proven = not self._shared
 
     def _fresh(self) -> nn.Module:
         try:
@@ -121,9 +125,23 @@ class TorchRunner:
             raise VerificationError(said) from error
 
     def run(self, inputs: Inputs) -> Outputs:
-        """Return the outputs in the module's own dtypes."""
-        with put_back(self._shared):
+        """Return the outputs in the module's own dtypes.
+
+        Raises:
+            VerificationError: The first run wrote into shared memory other than through torch, so that it
+                cannot be put back.
+        """
+        before = [] if self._proven else [tensor_digest(tensor) for tensor in self._shared]
+        with WriteGuard(plain_tensors(self._copy)) if is_large(self._copy) else nullcontext() as guard:
             found = _returned(self._copy, inputs)
+        self._writes |= guard is not None and guard.wrote
+        if not self._proven and before != [tensor_digest(tensor) for tensor in self._shared]:
+            raise VerificationError(
+                f"running {self.name} wrote into its weights other than through torch, and those of a model "
+                "of that size are not copied before: expected a forward that leaves them as they are; load "
+                "the model anew and take the write out of it"
+            )
+        self._proven = True
         self.structure = structure_text(found)
         return flatten_outputs(found)
 
@@ -163,8 +181,12 @@ class TorchRunner:
     ) -> Runner:
         """Return the runner with all weights turned at once, for a large module layer by layer."""
         if is_large(self._copy):
-            return LargeRunner(name, whole, self._copy, _call, double, moved, self._shared)
+            return LargeRunner(name, whole, self._copy, _call, double, moved, self._shared, self._wrote)
         return whole()
+
+    def _wrote(self) -> bool:
+        """Whether a run so far has written into the module's own tensors."""
+        return self._writes
 
 
 class CompiledRunner:
@@ -279,15 +301,15 @@ class OnnxRunner:
         except RuntimeUnavailableError:
             return None
 
-    def evaluated(self, *, double: bool) -> OnnxVariant:
-        """Return a runner on the ONNX reference evaluator: in float64, or in its own dtypes by formula.
+    def evaluated(self, *, double: bool, by_formula: bool = False) -> OnnxVariant:
+        """Return a runner on the ONNX reference evaluator: in float64 or its own dtypes, perhaps by formula.
 
         Raises:
             RuntimeUnavailableError: The graph is too large for that, or uses what it does not know.
         """
         from graphsurgery.export.evaluator import Evaluator
 
-        evaluator = Evaluator.of_file(self.path, double=double, by_formula=not double)
+        evaluator = Evaluator.of_file(self.path, double=double, by_formula=by_formula)
         return OnnxVariant(f"{self.name} in float64" if double else self.name, evaluator, self._names)
 
     def nudged(self, seed: int, ulps: float) -> Runner | None:

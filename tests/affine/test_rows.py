@@ -137,3 +137,26 @@ def test_detects_parts_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> No
     report = gs.optimize(Net("lora"), data()).report
     assert {failure.code for failure in report.failures} == {"verification"}
     assert not report.changes
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_constant_that_others_are_computed_of_is_not_cut(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH) + 0.5)
+            self.double().eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(torch.tanh(x) * (self.scale * 2.0)) * self.scale
+            return torch.tanh(torch.nn.functional.linear(x, self.layer.weight.t()))
+
+    model, x = Net(), data()
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 8 * WIDTH * size)
+    result = gs.optimize(model, x, verify="off")
+    assert result.report.changes
+    assert "internal" not in {refusal.code for refusal in result.report.refusals}
+    torch.testing.assert_close(result.module(x), model(x), rtol=1e-10, atol=1e-12)

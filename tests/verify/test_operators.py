@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from graphsurgery.verify import Baseline, OnnxRunner
@@ -65,3 +65,43 @@ def test_a_right_file_that_passes_is_not_run_there(tmp_path: Path) -> None:
 def test_a_torch_candidate_has_no_operators_of_onnx() -> None:
     model = network(nn.ELU())
     assert not add_rounding_of_operators(Baseline(model, torch.randn(2, 3)), model)
+
+
+def lossy(path: Path, kind: str) -> Path:
+    """The file with its activation rounded: to float16, or by a large number that is added and taken off."""
+    model = onnx.load(path)
+    place = next(i for i, node in enumerate(model.graph.node) if node.op_type in {"Tanh", "Elu"})
+    node = model.graph.node[place]
+    result, node.output[0] = node.output[0], "activated"
+    if kind == "cast":
+        steps = [("Cast", ["activated"], {"to": TensorProto.FLOAT16}), ("Cast", ["rounded"], {"to": 1})]
+    else:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(1e5, np.float32), "large"))
+        steps = [("Add", ["activated", "large"], {}), ("Sub", ["rounded", "large"], {})]
+    for at, (op_type, inputs, attributes) in enumerate(steps):
+        new = helper.make_node(op_type, inputs, [("rounded", result)[at]], **attributes)
+        model.graph.node.insert(place + 1 + at, new)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ELU()], ids=str)
+@pytest.mark.parametrize("kind", ["cast", "cancel"])
+def test_what_else_a_file_rounds_is_no_noise(kind: str, activation: nn.Module, tmp_path: Path) -> None:
+    model = network(activation)
+    path = lossy(written(model, tmp_path / "m.onnx"), kind)
+    verdict = Baseline(model, torch.randn(2, 3)).compare(OnnxRunner(path, optimised=False))
+    assert not verdict.ok
+
+
+def test_the_noise_of_one_file_is_not_that_of_the_next_program(tmp_path: Path) -> None:
+    model = network(nn.ELU())
+    baseline = Baseline(model, torch.randn(2, 3))
+    before = [output.yardstick.draws for output in baseline.outputs if output.yardstick is not None]
+    assert (
+        OPERATORS_NOTE
+        in baseline.compare(OnnxRunner(written(model, tmp_path / "m.onnx"), optimised=False)).notes
+    )
+    assert OPERATORS_NOTE not in baseline.compare(model).notes
+    found = [output.yardstick.draws for output in baseline.outputs if output.yardstick is not None]
+    assert found == before
