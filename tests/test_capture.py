@@ -585,6 +585,24 @@ def test_batch_statistics_are_kept() -> None:
 # -- the caller's model
 
 
+def test_a_tensor_that_is_neither_parameter_nor_buffer_is_put_back() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls, self.by_name = nn.Linear(4, 4), torch.zeros(4), {"x": torch.zeros(4)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.by_name["x"].add_(1)
+            return self.layer(x)
+
+    model = Counts()
+    with pytest.raises(CaptureError, match="writes 'calls' in forward"):
+        capture(model, torch.randn(2, 4))
+    assert not model.calls.any()
+    assert not model.by_name["x"].any()
+
+
 def test_the_callers_model_is_untouched() -> None:
     model = warmed(ConvNet()).train()
     model.bn.eval()

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "capture": {"errors", "values", "calls", "graph", "digest", "sharing"},
     "matrix": {"errors", "values", "graph", "cost", "affine", "capture"},
     "restore": {"errors", "values", "graph", "layers"},
-    "verify": {"errors", "values", "graph", "export", "sharing"},
+    "verify": {"errors", "values", "graph", "digest", "export", "sharing"},
     "export": {"errors", "values", "graph", "verify"},
     "localize": {"errors", "graph", "capture", "verify", "export"},
     "report": {"errors", "cost", "rewrite", "verify", "export", "graph"},

@@ -75,8 +75,9 @@ def kept(model: nn.Module) -> Iterator[None]:
     """Undo afterwards whatever running `model` has changed.
 
     No method of the user's is called for that (`train()` is sometimes overridden to rewrite weights):
-    training flags, attributes (and what dicts and lists among them hold), parameters and buffers are put back
-    directly. The large tensors of a large model are copied only before something writes into them.
+    training flags, attributes (and what dicts and lists among them hold), parameters, buffers and tensors
+    that are neither are put back directly. The large tensors of a large model are copied only before
+    something writes into them.
 
     Raises:
         CaptureError: A large tensor was written other than through torch, so that it cannot be put back.
@@ -89,7 +90,10 @@ def kept(model: nn.Module) -> Iterator[None]:
         (value, list(value)) for module in modules for value in vars(module).values() if type(value) is list
     ]
     # Writes through `.data` leave no trace in the version counter, so the values themselves are compared.
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    loose = [value for _, entries in tables for value in entries.values()]
+    loose += [value for _, saved in lists for value in saved]
+    held = (*model.parameters(), *model.buffers(), *filter(_is_plain, loose))
+    tensors = {id(tensor): tensor for tensor in held}.values()
     large = large_tensors(model)
     guarded = {id(tensor): tensor_digest(tensor) for tensor in large}
     memories = [(tensor, tensor.detach()) for tensor in tensors]
@@ -115,6 +119,17 @@ def kept(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(tensor_bytes(memory), tensor_bytes(value)):
                     memory.copy_(value)
         _require_as_before(model, guarded)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that holds numbers of its own, to be put back like a buffer."""
+    return (
+        type(value) in (torch.Tensor, nn.Parameter, nn.Buffer)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not value.is_inference()
+        and value.device.type != "meta"
+    )
 
 
 def _require_as_before(model: nn.Module, digests: dict[int, bytes]) -> None:
