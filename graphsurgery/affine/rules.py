@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphsurgery.affine.atoms import Axes, NoFold
-from graphsurgery.cost import SPLITS, op_name
+from graphsurgery.cost import SPLITS, kind_of, op_name
 from graphsurgery.values import Sizes, is_tensor, tensor_meta
 
 
@@ -169,6 +169,12 @@ def apply(step: Step) -> Axes:
     value, operand = _sample(step.node), _sample(step.live)
     if not value.is_floating_point() or value.dtype != operand.dtype:
         raise NoFold("dtype", f"it turns {operand.dtype} into {value.dtype}")
+    written = tuple(map(step.sizes.prime, operand.shape))
+    still = op_name(step.live) in SPLITS or kind_of(step.node) in ("norm", "elementwise")
+    if step.axes.shape != written and not still:
+        raise NoFold(
+            "dynamic-shape", "it reads a size that is free, and a number by the ranges of the inputs"
+        )
     axes = function(step)
     return axes if name in SPLITS else _followed(step.node, axes, step.sizes)
 

@@ -469,6 +469,23 @@ def test_folds_a_norm_of_a_size_that_the_ranges_leave_one(size: tuple[int, int])
     assert (result.graph_module(y) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
 
 
+def test_a_size_that_is_written_two_ways_keeps_layers_apart_that_move_positions() -> None:
+    """The norm folds into the layer before it; the next layer reads a number where that one read a size."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.AvgPool2d(8), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)
+        )
+    ).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sizes = {2: torch.export.Dim("h", min=8, max=15), 3: torch.export.Dim("w", min=8, max=15)}
+    result = FoldAffine().run(capture(model, (x,), dynamic_shapes=({0: torch.export.Dim("n"), **sizes},)))
+    assert "internal" not in codes(result)
+    assert ops(result.graph_module) == ["avg_pool2d", "conv2d", "conv2d"]
+    y = torch.randn(3, 4, 15, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = model(y)
+    assert (result.graph_module(y) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_a_large_shift_hides_no_scale(padding: int) -> None:
     """A norm of values of 1e10: its scale is 1e-10 beside a shift of one."""
