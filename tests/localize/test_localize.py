@@ -186,10 +186,8 @@ def test_two_files_whose_values_have_other_names(file: Path, tmp_path: Path) -> 
     assert found.stands_for.node == node
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["test_resnet.r160_in1k", pytest.param("test_efficientnet.r160_in1k", marks=pytest.mark.sweep)]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_efficientnet.r160_in1k"])
 def test_a_small_cnn_exported_and_broken(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = image(1, 3, 64, 64)
