@@ -151,7 +151,9 @@ def cost_model(wanted: str | CostModel) -> CostModel:
     """
     if not isinstance(wanted, str):
         if isinstance(wanted, type) or not isinstance(wanted, CostModel):
-            raise PassError(f"cost is the name of a cost model or a CostModel, got {wanted!r}")
+            raise PassError(
+                f"cost is the name of a cost model or a CostModel, got {wanted!r}; {FLOPS.name!r} is one"
+            )
         _try_score(wanted)
         return wanted
     if wanted == MEASURED:
@@ -160,7 +162,10 @@ def cost_model(wanted: str | CostModel) -> CostModel:
             "give it to graphsurgery.optimize"
         )
     if wanted != FLOPS.name:
-        raise PassError(f"there is no cost model named {wanted!r}; expected {FLOPS.name!r} or a CostModel")
+        raise PassError(
+            f"there is no cost model named {wanted!r}; expected {FLOPS.name!r}, a CostModel or (in optimize) "
+            f"{MEASURED!r}"
+        )
     return FLOPS
 
 

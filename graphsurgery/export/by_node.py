@@ -209,7 +209,11 @@ def _inferred(model: onnx.ModelProto, file: Path, *, strict: bool) -> onnx.Model
         return onnx.shape_inference.infer_shapes(copied, check_type=strict, strict_mode=strict)
     except onnx.shape_inference.InferenceError as error:
         text = " ".join(str(error).split())[:300]
-        hint = "; a later opset may take the type" if "unsupported type" in text else ""
+        hint = (
+            "; a later opset (22 for convolutions and pools) may take the type"
+            if "unsupported type" in text
+            else ""
+        )
         raise VerificationError(f"{file} is no valid ONNX model: {text}{hint}") from error
 
 

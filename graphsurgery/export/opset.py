@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import onnx
 import onnx_ir
+import onnxruntime
+from onnx import TensorProto, helper
 
 from graphsurgery.errors import ExportError
 
@@ -30,12 +34,32 @@ def check_opset(opset: int) -> None:
     Raises:
         ExportError: It cannot.
     """
-    most = onnx.defs.onnx_opset_version()
+    most = _latest()
     if isinstance(opset, bool) or not isinstance(opset, int) or not LEAST <= opset <= most:
         raise ExportError(
             f"opset {opset!r} cannot be written; expected a number from {LEAST}, the least torch exports, "
-            f"to {most}, the latest that the installed onnx knows"
+            f"to {most}, the latest that the installed onnx and onnxruntime take"
         )
+
+
+@cache
+def _latest() -> int:
+    """The latest opset of which both packages take a graph; onnxruntime tells it by no other way."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "graph", [value], [out])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for opset in range(onnx.defs.onnx_opset_version(), OPSET, -1):
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        try:
+            onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception:  # noqa: BLE001 - of a class of its own for each code
+            continue
+        return opset
+    return OPSET
 
 
 def declines_bfloat16(model: onnx_ir.Model, opset: int) -> bool:

@@ -56,6 +56,17 @@ def test_an_opset_asked_for_is_not_changed_silently(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_opset_is_promised_that_onnxruntime_does_not_take(tmp_path: Path) -> None:
+    with pytest.raises(gs.ExportError, match=r"to \d+, the latest") as error:
+        check_opset(99)
+    latest = int(str(error.value).partition(" to ")[2].partition(",")[0])
+    assert OPSET_BFLOAT16 <= latest <= onnx.defs.onnx_opset_version()
+    done = picture_network(torch.float32).export_onnx(tmp_path / "m.onnx", opset=latest)
+    assert done.opset == latest
+    assert done.verdict is not None
+    assert done.verdict.ok
+
+
 @pytest.mark.parametrize("opset", [17, 11, 0, -1, 99, True])
 def test_what_cannot_be_written_is_said(opset: int) -> None:
     with pytest.raises(gs.ExportError, match="expected a number from 18"):
