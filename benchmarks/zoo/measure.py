@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import resource
 import statistics
 import tempfile
@@ -126,7 +127,8 @@ def _stage(name: str, tell: Tell) -> Iterator[dict[str, float]]:
             warnings.simplefilter("ignore")
             yield spent
     except Exception as error:  # noqa: BLE001 - any error is a finding
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch's exporter colours its advice
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         tell(
             {
                 "errors": {
