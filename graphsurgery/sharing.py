@@ -103,7 +103,7 @@ def put_back(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
     return WriteGuard(tensors) if tensors else nullcontext()
 
 
-class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no mode
     """Puts back what is written into the memory of some tensors while it is entered.
 
     Every call through torch is seen, those on `.data` and on views too. What writes behind torch's back

@@ -107,6 +107,7 @@ def linear_of(node: fx.Node, constant: frozenset[fx.Node]) -> tuple[Any, Any, An
     if not all(isinstance(value, fx.Node) and value in constant for value in read) or x in constant:
         return None
     # mypy does not follow that all three are nodes by now
+    # Nodes: a linear reads values.
     plain = tensor_meta(weight).dim() == 2 and (bias is None or tensor_meta(bias).dim() == 1)  # type: ignore[arg-type]
     return found if plain and is_tensor(x) and tensor_meta(x).dim() == 2 else None  # type: ignore[arg-type]
 

@@ -68,7 +68,11 @@ def test_every_call_that_is_written_tells_the_shape_and_dtype_of_its_value(name:
     for batch in (2, 3):
         rows = x[torch.arange(batch) % 2]
         torch.testing.assert_close(
-            Compare(result.graph_module).run(rows), model(rows), rtol=1e-10, atol=1e-12
+            # float64, where a fold rounds sums of its own
+            Compare(result.graph_module).run(rows),
+            model(rows),
+            rtol=1e-10,
+            atol=1e-12,
         )
     assert seen >= 4
 

@@ -74,7 +74,9 @@ def test_parts_give_the_weights_of_the_whole(kind: str, monkeypatch: pytest.Monk
     assert [change.kind for change in result.report.changes] == [c.kind for c in whole.report.changes]
     state = result.module.state_dict()
     for name, wanted in whole.module.state_dict().items():
+        # the same products, summed in another order
         torch.testing.assert_close(state[name], wanted, rtol=1e-12, atol=1e-13)
+    # float64, where a fold rounds sums of its own
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-10, atol=1e-12)
     assert all(change.residual is not None and change.residual < 1e-12 for change in result.report.changes)
 
@@ -95,6 +97,7 @@ def test_what_mixes_features_is_filled_as_a_whole(monkeypatch: pytest.MonkeyPatc
     model, x = Net("read twice"), data()
     result = gs.optimize(model, x)
     assert not found
+    # float64, where a fold rounds sums of its own
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-10, atol=1e-12)
 
 
@@ -159,4 +162,5 @@ def test_a_constant_that_others_are_computed_of_is_not_cut(
     result = gs.optimize(model, x, verify="off")
     assert result.report.changes
     assert "internal" not in {refusal.code for refusal in result.report.refusals}
+    # float64, where a fold rounds sums of its own
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-10, atol=1e-12)
