@@ -18,6 +18,7 @@ from graphsurgery.capture.dynamic import given_sizes
 from graphsurgery.capture.functional import NotSubstitutable, functionalize
 from graphsurgery.capture.inputs import Inputs, difference, normalize, refuse_nan
 from graphsurgery.capture.program import (
+    export_again,
     export_model,
     export_static,
     free_carriers,
@@ -143,7 +144,11 @@ def _capture_program(
     with quiet():
         reference = program.module(check_guards=False)
     free = free_sizes(program)
-    gm, notes = _to_dialect(program, name, copy)
+    try:
+        gm, notes = _to_dialect(program, name, copy, decompose=False)
+    except NotSubstitutable:
+        program = export_again(program, inputs)
+        gm, notes = _to_dialect(program, name, copy)
     if free - free_sizes(program):
         notes = (*notes, f"captured with fixed sizes: {_FIXED}")
     expected = run_model(reference, inputs)
@@ -154,13 +159,22 @@ def _capture_program(
     return _record(gm, name, inputs, sizes, rules, dynamic=dynamic, notes=notes, unchecked=unchecked)
 
 
-def _to_dialect(program: ExportedProgram, name: str, copy: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Return the graph in the dialect, and notes."""
+def _to_dialect(
+    program: ExportedProgram, name: str, copy: bool, *, decompose: bool = True
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Return the graph in the dialect, and notes.
+
+    Raises:
+        NotSubstitutable: Writes into parts of values are left, and torch may not `decompose` the program,
+            which can fix sizes of it that are free.
+    """
     gm, written = unlift(program, name, copy=copy)
     refuse_foreign(gm)
     try:
         inputs = functionalize(gm)
     except NotSubstitutable:
+        if not decompose:
+            raise
         with quiet(), torch.no_grad():
             gm, written = unlift(program.run_decompositions({}), name, copy=copy)
         refuse_foreign(gm)

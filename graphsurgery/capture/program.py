@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from graphsurgery.capture.dynamic import check_dynamic_shapes, explain, of_one
 from graphsurgery.capture.frames import helper_frames
@@ -29,6 +31,7 @@ from graphsurgery.errors import CaptureError
 __all__ = [
     "Exported",
     "depends_on_values",
+    "export_again",
     "export_model",
     "export_static",
     "free_carriers",
@@ -160,6 +163,41 @@ def free_sizes(program: ExportedProgram) -> set[tuple[str, int]]:
     return {
         (name, axis) for name, shape in shapes.items() for axis, size in enumerate(shape) if _is_free(size)
     }
+
+
+def export_again(program: ExportedProgram, inputs: Inputs) -> ExportedProgram:
+    """Export a program anew, with the same sizes free, so that what torch decides of sizes stays out of it.
+
+    Sizes and their bounds live in an environment that a program shares with all that is derived from it.
+
+    Raises:
+        CaptureError: torch.export cannot trace the program.
+    """
+    names = [
+        spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+    ]
+    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    own = inputs.fresh()  # a tensor that is passed twice has an entry for each place
+    order = program.call_spec.in_spec.child(1).context
+    if set(order) == set(own.kwargs):  # torch matches the keywords of a program's module by their order
+        own = Inputs(own.args, {key: own.kwargs[key] for key in order})
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # torch types no __init__
+    leaves = pytree.tree_leaves((own.args, own.kwargs))
+    for name, given in zip(names, leaves, strict=False):  # a call of another form is refused by the export
+        if isinstance(given, torch.Tensor):
+            sizes = enumerate(getattr(values[name], "shape", ()))
+            shapes[given] = {axis: _auto(program, size) for axis, size in sizes if _is_free(size)}
+    with quiet():
+        module = program.module(check_guards=False)
+    return _export_or_refuse(module, own, shapes)
+
+
+def _auto(program: ExportedProgram, size: torch.SymInt) -> Any:
+    known = program.range_constraints.get(size.node.expr)
+    if known is None:
+        return Dim.AUTO
+    low, high = (None if bound in (int_oo, -int_oo) else int(bound) for bound in (known.lower, known.upper))
+    return Dim.AUTO(min=low, max=high)
 
 
 def _is_free(size: int | torch.SymInt) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.export import Dim
 
 from graphsurgery.capture import capture
+from graphsurgery.capture.inputs import Inputs
+from graphsurgery.capture.program import free_sizes
 from graphsurgery.errors import CaptureError
 
 DYNAMIC = Dim.DYNAMIC
@@ -113,3 +115,36 @@ def test_a_size_that_torch_fixes_afterwards_is_said() -> None:
     info = capture(program).meta["graphsurgery"]
     assert not info.dynamic_batch
     assert any(note.startswith("captured with fixed sizes: torch fixes") for note in info.notes)
+
+
+class PartsInPlace(nn.Module):
+    """Of two inputs with free sizes, one bounded; torch fixes that of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor, *, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        y.unbind(1)[-1].clamp_(-0.5, 2)
+        return y.sum() + a.sin().sum() + b.sum()
+
+
+def test_a_program_keeps_the_sizes_that_torch_fixes_for_the_graph() -> None:
+    x, a, b = torch.randn(4, 3, 5), torch.randn(6, 2), torch.randn(7)
+    shapes = {"x": {0: Dim.AUTO}, "a": {0: Dim.AUTO(min=3, max=50)}, "b": None}
+    with torch.no_grad():
+        program = torch.export.export(PartsInPlace().eval(), (x,), {"a": a, "b": b}, dynamic_shapes=shapes)
+    before, free, code = dict(program.range_constraints), free_sizes(program), str(program)
+    gm = capture(program, Inputs((x,), {"b": b, "a": a}))
+    assert (program.range_constraints, free_sizes(program), str(program)) == (before, free, code)
+    assert free == {("x", 0), ("a", 0)}
+    other = {"b": b, "a": torch.randn(50, 2)}
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x, **other), program.module()(x, **other))
+    with pytest.raises(ValueError, match="'a'"):
+        gm(x, b=b, a=torch.randn(51, 2))
+    with pytest.raises(ValueError, match="'x'"):
+        gm(x[:3], b=b, a=a)
+    origin = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.linear.default)
+    assert [path for path, _ in origin.meta["nn_module_stack"].values()] == ["", "linear"]
