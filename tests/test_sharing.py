@@ -179,6 +179,8 @@ def test_capture_copies_unless_told_otherwise() -> None:
     own = own_memory(shared, shared)
     assert memory(own).isdisjoint(memory(shared))
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in shared.state_dict().items())
+    with pytest.raises(gs.CaptureError, match="copy is True or False, got None"):
+        gs.capture(model, tokens(), copy=None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

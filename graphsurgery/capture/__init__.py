@@ -69,6 +69,8 @@ def capture(
         CaptureError: The inputs do not fit the model, or the model cannot be captured; the message quotes the
             user's source line and says what to do.
     """
+    if not isinstance(copy, bool):
+        raise CaptureError(f"copy is True or False, got {copy!r}.")
     with torch.inference_mode(False):
         if isinstance(model, ExportedProgram):
             return _capture_program(model, example_inputs, dynamic_shapes, copy)

@@ -20,7 +20,8 @@ class MeasuredCost:
     Attributes:
         threads: Threads inside of one operator of onnxruntime; 0 leaves it to onnxruntime, as a session
             without options does.
-        blocks: Blocks of interleaved runs. Nine are enough for a sign test that lets one of them go.
+        blocks: Blocks of interleaved runs, at least five. Of five all must be faster, as two equal programs
+            are once in 32 times; nine are enough for a sign test that lets one of them go.
         cache: File that keeps the times; None for `timings.json` in the user's cache directory (the
             environment variable `GRAPHSURGERY_TIMINGS` names another, or says `off`), False for none.
         timer: What times two cuts; None for onnxruntime.
@@ -38,12 +39,17 @@ class MeasuredCost:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for option, least in (("threads", 0), ("blocks", 1)):
+        for option, least in (("threads", 0), ("blocks", 5)):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PassError(f"{option} of MeasuredCost is a number of at least {least}, got {value!r}")
         if self.cache is True or not isinstance(self.cache, (Path, str, bool, type(None))):
             raise PassError(f"cache of MeasuredCost is a path, None or False, got {self.cache!r}")
+        if not (self.timer is None or callable(self.timer)):
+            raise PassError(
+                f"timer of MeasuredCost is None or what is called as graphsurgery.measure.Timer says, got "
+                f"{self.timer!r}"
+            )
 
 
 def measured_cost(cost: Any) -> MeasuredCost | None:

@@ -87,15 +87,18 @@ class Trial:
     def told(self, report: Report, result: ManagerResult) -> Report:
         """The report with what was timed, and what was kept and why."""
         measured = self.bench.measurements(result.changes)
-        kept = sum(found.kept for found in measured if found.kind != _NETWORK)
-        timed = sum(found.ratio is not None for found in measured if found.kind != _NETWORK)
-        missed = sum(found.ratio is None for found in measured if found.kind != _NETWORK)
+        parts = [found for found in measured if found.kind != _NETWORK]
+        missed = sum(found.ratio is None for found in parts)
+        known = sum(found.cached for found in parts)
+        counts = {"timed": len(parts) - missed - known, "known from equal ones": known}
+        counts |= {"that could not be timed": missed, "kept": sum(found.kept for found in parts)}
         threads = self.bench.settings.threads
         where = (
             f"on onnxruntime, {threads} threads" if threads else "on onnxruntime, its own choice of threads"
         )
-        note = f"{timed} candidates were timed {where}; {kept} kept"
-        note += f", {missed} could not be timed" if missed else ""
+        note = f"candidates {where}: " + ", ".join(
+            f"{count} {what}" for what, count in counts.items() if count or what in ("timed", "kept")
+        )
         notes = (*report.captured.notes, note, *([self._undone] if self._undone else []))
         captured = replace(report.captured, notes=notes)
         return replace(

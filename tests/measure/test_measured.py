@@ -151,7 +151,8 @@ def test_a_limit_on_parameters_holds_for_proposals() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": -1}, {"blocks": 0}, {"threads": True}, {"cache": True}, {"cache": 3}]
+    "options",
+    [{"threads": -1}, {"blocks": 0}, {"threads": True}, {"cache": True}, {"cache": 3}, {"timer": 3}],
 )
 def test_refuses_settings_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(PassError, match=f"{next(iter(options))} of MeasuredCost"):
@@ -227,19 +228,18 @@ def test_the_report_keeps_the_times_in_json_and_shows_them() -> None:
     text = plain_text(result.report, width=160)
     assert "timed on onnxruntime" in text
     assert "and 1 alike" in text
-    assert "2 candidates were timed on onnxruntime, its own choice of threads; 2 kept" in " ".join(
-        text.split()
-    )
+    said = "candidates on onnxruntime, its own choice of threads: 1 timed, 1 known from equal ones, 2 kept"
+    assert said in " ".join(text.split())
 
 
 def test_one_run_on_onnxruntime(tmp_path: Path) -> None:
     """Real files and clocks; what is faster is the machine's to say."""
     cache = tmp_path / "timings.json"
-    settings = MeasuredCost(threads=1, blocks=2, cache=cache)
+    settings = MeasuredCost(threads=1, blocks=5, cache=cache)
     result = gs.optimize(blocks(1), X, cost=settings, passes=["merge-siblings"])
     found = entries(result, "merge")
     assert [entry.reason for entry in found] == [""]
-    assert all(entry.before_ms and entry.after_ms and entry.blocks == 2 for entry in found)
+    assert all(entry.before_ms and entry.after_ms and entry.blocks == 5 for entry in found)
     assert result.report.verification is not None
     assert result.report.verification.ok
     assert cache.is_file()
