@@ -13,6 +13,7 @@ import torch
 from right_rewrites import Affine, folded, rewrite
 from torch import Tensor, nn
 
+from graphsurgery.errors import VerificationError
 from graphsurgery.verify import Baseline, Comparison, Inputs, OutputVerdict, Verdict
 from graphsurgery.verify.compare import (
     ORDER_OF_SUMMATION,
@@ -344,6 +345,11 @@ def test_no_false_alarm_on_5000_right_rewrites(block: int) -> None:
 def _no_alarm(seed: int) -> None:
     made = rewrite(seed)
     few = {"samples": 3, "draws": 1} if made.dear else {}
-    baseline = Baseline(made.before, made.x, dynamic_batch=seed % 2 == 0, **few)  # type: ignore[arg-type]
+    try:
+        baseline = Baseline(made.before, made.x, dynamic_batch=seed % 2 == 0, **few)  # type: ignore[arg-type]
+    except VerificationError as error:  # ones in float16 overflow, and their differences are nothing
+        if "NaN on every input" in str(error) and made.before(made.x).isnan().all():
+            return
+        raise
     verdict = judged(baseline, made.after)
     assert verdict.ok or "inconclusive" in verdict.reason, f"seed {seed}, {made.kind}: {verdict}"
