@@ -285,17 +285,21 @@ def _judge_integers(verdict: OutputVerdict, output: Output, values: list[Tensor]
 
 
 def _top1(output: Output, values: list[Tensor]) -> tuple[int, int]:
-    """Count the rows of (batch, classes) whose margin is over twice the allowed error; those that agree."""
+    """Count the rows of (batch, classes) whose margin is over twice the allowed error; those that agree.
+
+    A row in which the reference itself overflows has no class in its dtype, however clear it is in float64.
+    """
     if any(v.ndim != 2 or v.shape[1] < 2 or v.is_complex() for v in values) or output.yardstick is None:
         return 0, 0
     checked = agreed = 0
-    for value, anchor, allowed in zip(
-        values, output.yardstick.anchors, output.yardstick.allowed(), strict=True
+    for value, anchor, allowed, overflowed in zip(
+        values, output.yardstick.anchors, output.yardstick.allowed(), output.overflowed, strict=True
     ):
         rows = anchor.reshape(value.shape)
         top = rows.topk(2, dim=1).values
         bound = allowed.reshape(value.shape).amax(1) if allowed.numel() == value.numel() else allowed.max()
         clear = ((top[:, 0] - top[:, 1]) > 2.0 * bound) & rows.isfinite().all(1)
+        clear &= ~overflowed.reshape(value.shape).any(1)
         checked += int(clear.sum())
         agreed += int((clear & (value.argmax(1) == rows.argmax(1))).sum())
     return checked, agreed

@@ -460,6 +460,22 @@ def test_an_argmax_near_a_tie_is_no_failure() -> None:
     assert verdict.outputs[0].top1_agreed == verdict.outputs[0].top1_checked
 
 
+def test_rows_in_which_the_reference_overflows_have_no_class() -> None:
+    """Logits of 1e5, 2e5 and 3e5 in float64 are infinities in float16, where none is the greatest."""
+    model = nn.Linear(4, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e4], [2e4], [3e4]]).expand(3, 4))
+    x = torch.tensor([[2.5, 2.5, 2.5, 2.5], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float16)
+    model = model.to(torch.float16).eval()
+    turned = copy.deepcopy(model)
+    verdict = verify(model, turned, x)
+    assert verdict.ok, verdict
+    assert verdict.outputs[0].top1_checked > 0
+    with torch.no_grad():
+        turned.weight.copy_(model.weight.flip(0))
+    assert not verify(model, turned, x).ok
+
+
 def test_top1_is_counted_for_rows_with_a_clear_margin() -> None:
     a, b = pair(5)
     output = verify(a, b, image(), dynamic_batch=True).outputs[0]
