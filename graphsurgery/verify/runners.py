@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from graphsurgery.digest import tensor_digest
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
-from graphsurgery.sharing import WriteGuard, is_large, large_tensors, plain_tensors
+from graphsurgery.sharing import WriteGuard, apart, is_large, large_tensors, plain_tensors
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.large import LargeRunner
 from graphsurgery.verify.outputs import Outputs, flatten_outputs, structure_text
@@ -240,9 +240,11 @@ def _returned(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None
     own = inputs.replace(leaves)  # a forward may write into its input
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
+        # A buffer that is written anew and returned would else hold the outputs of the latest run in all.
         if state is None:
-            return module(*own.args, **dict(own.kwargs or {}))
-        return functional_call(module, state, own.args, dict(own.kwargs or {}))
+            return apart(module(*own.args, **dict(own.kwargs or {})), module)
+        found = functional_call(module, state, own.args, dict(own.kwargs or {}))
+        return apart(found, module, state.values())
 
 
 class OnnxRunner:
