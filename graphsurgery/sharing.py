@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphsurgery.graph import copy_graph_module
@@ -22,6 +23,7 @@ __all__ = [
     "LARGE_BYTES",
     "SMALL_BYTES",
     "WriteGuard",
+    "apart",
     "is_large",
     "large_tensors",
     "own_memory",
@@ -88,6 +90,26 @@ def own_memory(gm: fx.GraphModule, other: fx.GraphModule) -> fx.GraphModule:
             made[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if parameter else own
         table[name] = made[id(tensor)]
     return result
+
+
+def apart(value: Any, module: nn.Module, state: Iterable[torch.Tensor] = ()) -> Any:
+    """Return a nested value with copies of those tensors whose memory a module keeps beyond the call.
+
+    Args:
+        value: What a call of the module returned; it is returned as it is where it shares nothing.
+        module: The module.
+        state: Tensors that stand in for its own.
+    """
+    kept = {_storage_key(tensor) for _, _, tensor in _held(module)}
+    kept |= {_storage_key(tensor) for tensor in state}
+    kept.discard(None)
+
+    def own(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, torch.Tensor) and _storage_key(leaf) in kept else leaf
+
+    if not any(_storage_key(leaf) in kept for leaf in pytree.tree_leaves(value)):
+        return value
+    return pytree.tree_map(own, value)
 
 
 def _held(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -87,6 +87,30 @@ def test_what_is_wrong_or_fails_says_so_and_gains_nothing_in_the_mean(show: Modu
     assert "**wrong, 2.5e-01**" in text
 
 
+def test_a_tool_that_was_not_run_is_left_out_of_its_mean(show: ModuleType) -> None:
+    """Else a tool would lose by what nobody has run yet; one that fails or has nothing gains nothing."""
+    lines = [line for line in results() if (line["network"], line.get("tool")) != ("wrong", "timm / peft")]
+    text = show.document(lines)
+    assert row(text, "**all that can be folded**")[-2] == "3.00"  # of "two" alone
+    assert row(text, "**all that can be folded**")[2] == "1.41"  # not offered, and twice as fast
+    assert row(text, "**all**")[-1] == f"{(2 * 1 * 1 / 1.01) ** (1 / 3):.2f}"
+    assert "is 1.41 (1 thread, batch 1, 2 networks).**" in text
+
+
+def test_what_ended_while_it_was_timed_is_said(show: ModuleType) -> None:
+    ended = line("latency", "two", threads=2, batch=8) | {"ended": "over 600 s of processor time"}
+    text = show.document([*results(), ended])
+    assert row(text, "two", "latency, 2 threads, batch 8")[2] == "over 600 s of processor time"
+
+
+def test_the_tolerance_is_printed(show: ModuleType) -> None:
+    source = (TREE / "benchmarks" / "bench" / "build.py").read_text(encoding="utf-8")
+    limit = re.search(r"^TOLERANCE = (\S+)$", source, flags=re.MULTILINE)
+    assert limit is not None
+    assert f"rounding ({limit[1]} of the largest value of an output, or three times" in show.EXPLANATION
+    assert "max(TOLERANCE, 3 * float(" in source
+
+
 def test_inductor_is_beside_torch_eager(show: ModuleType) -> None:
     times = {"torch eager": [9.0, 9.0], "Inductor": [3.0, 3.0]}
     lines = [*results(), line("torch", "two", threads=1, batch=1, ms=times)]
@@ -96,6 +120,7 @@ def test_inductor_is_beside_torch_eager(show: ModuleType) -> None:
     text = show.document(lines)
     assert row(text, "two")[-1] == "3.00"
     assert row(text, "same")[-1] == "wrong by 0.5"
+    assert row(text, "**all**")[-1] == f"{3**0.5:.2f}"  # what is wrong gains nothing here either
 
 
 def test_where_another_tool_is_faster_is_listed(show: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
     ]
     text = table().document(lines)
     summary = text.split("\n\n")[1]
-    assert summary.startswith("**7 networks: 71.4 % captured (2 not), 1 wrong, 1 crashed")
+    assert summary.startswith("**7 networks: 71.4 % captured (2 not), 1 wrong, 0 declined")
+    assert "by verification in part or whole, 1 crashed with anything but a named error" in summary
     assert "1 over a limit, 1 without an ONNX file; tool time / export time 0.50 in the median" in summary
     assert summary.endswith("; 1 of 1 slower than 1.03.**")
     assert "| made up | 7 | 5 | 4 | 4 | 4 | 0.75 | 1.00 | 0.50 | 1.05 |" in text
@@ -86,6 +87,27 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no sweep was run yet")
+def test_what_verification_declined_is_counted_and_its_latency_left_out() -> None:
+    """A wrong result is never handed out, so that count alone would be zero whatever happens."""
+    slow = {"ratio": 1.5, "least": 1.4, "most": 1.6, "before_ms": 1, "after_ms": 1.5}
+    other = failed("file differs", "onnx", named=True)
+    other["errors"]["onnx"]["class"] = "VerificationError"
+    lines = [
+        line("good", listed=9),
+        line("undone", failures=["fold-affine: verification: it differs"]),
+        other,
+        failed("no file", "onnx", named=True),
+    ]
+    lines += [{**line(name, latency=slow), "kind": "latency"} for name in ("undone", "file differs", "gone")]
+    lines.append({**line("good", latency={**slow, "ratio": 0.5}), "kind": "latency"})
+    text = table().document(lines)
+    assert "4 of 9 networks" in text.split("\n\n")[1]
+    assert "0 wrong, 2 declined by verification in part or whole" in text.split("\n\n")[1]
+    assert "0 of 1 slower than 1.03" in text.split("\n\n")[1]
+    assert "Latencies of 3 networks are left out" in text
+    assert "1.50 (1.40 to 1.60)" not in text
+
+
 def test_the_document_is_made_of_its_record() -> None:
     lines = [json.loads(text) for text in RECORD.read_text(encoding="utf-8").splitlines()]
     document = (TREE / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -37,10 +37,13 @@ by run, in blocks, and each block gives one ratio. Shown are the medians of thes
 graphsurgery with the least and the most. 2.00 is twice as fast as `torch.onnx.export(dynamo=True)` of
 the network as it is, which is also what the tools that work on files were given. Every file was held
 against the network in float64 at both batches before it was timed; one that differs by more than
-rounding is shown as wrong, and one that a tool could not make as `fails`; both count as 1.00 in the
-geometric means, since the plain export is what is left then. `timm / peft` is
+rounding (1e-4 of the largest value of an output, or three times what the network itself in float32 is
+off, where that is more) is shown as wrong, and one that a tool could not make as `fails`; both count as
+1.00 in the geometric means, as does a network for which a tool has nothing, since the plain export is
+what is left then. A tool that was not run on a network is left out of its mean there. `timm / peft` is
 `timm.utils.reparameterize_model` or `merge_and_unload`, where there is one. Inductor (frozen weights) is
-timed in torch on one thread, beside torch eager, and its ratio is to that."""
+timed in torch on one thread, beside torch eager, and its ratio is to that; where it is wrong or fails it
+counts as 1.00 too."""
 
 SHORT = """\
 How many times faster than the plain export (`torch.onnx.export(dynamo=True)`) each tool's file is on
@@ -170,17 +173,25 @@ def _latency_table(lines: Sequence[Line], setting: tuple[int, int]) -> str:
             rows[-1] += [_inductor(torch.get(name))] if torch else []
     foldable = [name for group, names in groups.items() if group != STAYS for name in names]
     means = {f"*{group}*": names for group, names in groups.items()}
-    for title, names in {**means, "**all that can be folded**": foldable}.items():
-        cells = [f"{_mean(timed, names, tool):.2f}" for tool in tools]
-        inductor = [r[0] for n in names if n in torch and (r := faster(torch[n], INDUCTOR, EAGER))]
+    means["**all that can be folded**"] = foldable
+    if STAYS in groups:
+        means["**all**"] = [*foldable, *groups[STAYS]]
+    for title, names in means.items():
+        found = [_mean(built, timed, names, tool) for tool in tools]
+        cells = ["" if mean is None else f"{mean:.2f}" for mean in found]
+        ratios_there = [faster(torch[name], INDUCTOR, EAGER) for name in names if name in torch]
+        inductor = [ratio[0] if ratio else 1.0 for ratio in ratios_there]
         rows.append([title, "", *cells])
         rows[-1] += [f"{geometric_mean(inductor):.2f}" if inductor else ""] if torch else []
     return _table(rows)
 
 
-def _mean(timed: dict[str, Line], names: Iterable[str], tool: str) -> float:
-    ratios = [faster(timed[name], tool, PLAIN) for name in names]
-    return geometric_mean(ratio[0] if ratio else 1.0 for ratio in ratios)
+def _mean(
+    built: dict[str, dict[str, Line]], timed: dict[str, Line], names: Iterable[str], tool: str
+) -> float | None:
+    """The geometric mean over the networks that a tool was run on; None where there are none."""
+    ratios = [faster(timed[name], tool, PLAIN) for name in names if tool in built[name]]
+    return geometric_mean(ratio[0] if ratio else 1.0 for ratio in ratios) if ratios else None
 
 
 def _cell(built: Line | None, ratio: Ratio | None, best: float, spread: bool) -> str:
@@ -263,8 +274,10 @@ def _summary(lines: Sequence[Line]) -> str:
     for setting in SETTINGS:
         timed = _timed(lines, "latency", setting)
         names = [n for group, some in _groups(lines, timed).items() if group != STAYS for n in some]
-        if names:
-            means.append(f"{_mean(timed, names, OURS):.2f} ({_setting(setting, short=True)})")
+        mean = _mean(built, timed, names, OURS)
+        if mean is not None:
+            many = sum(OURS in built[name] for name in names)
+            means.append(f"{mean:.2f} ({_setting(setting, short=True)}, {many} networks)")
     if not means:
         return f"{text}; latency was not measured.**"
     return (
@@ -276,6 +289,10 @@ def _setting(setting: tuple[int, int], *, short: bool = False) -> str:
     threads, batch = setting
     text = f"{'1 thread' if threads == 1 else f'{threads} threads'}, batch {batch}"
     return text if short else f"Times faster than the plain export: {text}"
+
+
+def _setting_of(line: Line) -> str:
+    return _setting((line["threads"], line["batch"]), short=True)
 
 
 # -- building -----------------------------------------------------------------------------------------------
@@ -311,8 +328,9 @@ def _failures(lines: Sequence[Line]) -> list[str]:
     rows = [["network", "tool", "why"]]
     for line in lines:
         why = line.get("failure") or line["ended"]
-        if line["kind"] == "build" and why:
-            rows.append([line["network"], line["tool"], _plain_text(why)])
+        if why:
+            what = line["tool"] if line["kind"] == "build" else f"{line['kind']}, {_setting_of(line)}"
+            rows.append([line["network"], what, _plain_text(why)])
         for name, text in line.get("failures", {}).items() if line["kind"] == "torch" else ():
             rows.append([line["network"], f"{name}, batch {line['batch']}", _plain_text(text)])
     return ["## What fails", _table(rows)] if len(rows) > 1 else []

@@ -23,7 +23,10 @@ two. "Equal" is the verdict of [the verification](verification.md): in torch wit
 float64 besides, and of the ONNX file on onnxruntime without and with its optimisations. Nodes,
 multiplications (MACs) and FLOPs are counted per sample. Tool time is `gs.optimize` with its verification;
 export time is `torch.onnx.export(dynamo=True)` of the same network; both are processor time, in one warm
-process. Latency is onnxruntime's on one thread, plain export and result run by run in turn."""
+process. Latency is onnxruntime's on one thread: the network as it is and the result, both written by
+graphsurgery's exporter, run by run in turn. Figures of a family are medians, after by before for nodes, MACs
+and latency. A result is handed out, and a file written, only where verification finds it equal, so "wrong"
+should be none; what verification declined, a captured graph, a change or a file, is counted beside it."""
 
 COLUMNS = (
     "family",
@@ -46,13 +49,21 @@ def document(lines: Sequence[Line]) -> str:
         lines: Results, of kind `survey` and `latency`, one of each network.
     """
     surveys = [line for line in lines if line["kind"] == "survey"]
-    timed = {
+    every = {
         line["name"]: line["latency"] for line in lines if line["kind"] == "latency" and "latency" in line
     }
-    listed = max((line.get("listed", 0) for line in surveys), default=0)
+    # What is timed is not verified once more: without an equal result here it may be another function.
+    sound = {line["name"] for line in surveys if _built(line) and _sound(line)}
+    timed = {name: found for name, found in every.items() if name in sound}
+    listed = _listed(surveys)
     coverage = f"{len(surveys)} of the {listed} networks of the list have been run. " * (
         listed > len(surveys)
     )
+    if len(timed) < len(every):
+        coverage += (
+            f"Latencies of {len(every) - len(timed)} networks are left out, as their results were not "
+            "verified whole. "
+        )
     parts = ["# Architectures", summary(surveys, timed), INTRODUCTION, coverage + _versions(lines)]
     parts.append(_families(surveys, timed))
     parts += _troubles(surveys)
@@ -70,9 +81,12 @@ def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
     unwritten = [line for line in built if "onnx" in line.get("errors", {})]
     ratios = [ratio for line in built if (ratio := _tool_ratio(line)) is not None]
     slow = [name for name, found in timed.items() if found["ratio"] > SLOW]
+    declined = [line for line in built if _declined(line)]
+    count = f"{len(built)} of {listed}" if (listed := _listed(surveys)) > len(surveys) else str(len(built))
     text = (
-        f"**{len(built)} networks: {_percent(len(captured), len(built))} captured "
-        f"({len(built) - len(captured)} not), {len(wrong)} wrong, {len(crashed)} crashed with anything but a "
+        f"**{count} networks: {_percent(len(captured), len(built))} captured "
+        f"({len(built) - len(captured)} not), {len(wrong)} wrong, {len(declined)} declined by verification "
+        f"in part or whole, {len(crashed)} crashed with anything but a "
         f"named error, {len(ended)} over a limit, {len(unwritten)} without an ONNX file; "
         f"tool time / export time {_number(ratios)} in the median"
     )
@@ -94,6 +108,22 @@ def _captured(line: Line) -> bool:
 def _wrong(line: Line) -> bool:
     """A result that was handed out and differs; what was undone or not written is none."""
     return not line["torch"]["ok"] or not line.get("onnx", {"ok": True})["ok"]
+
+
+def _declined(line: Line) -> bool:
+    """Whether verification found a graph, a change or a file of ours wrong, or could not run it."""
+    errors = [line.get("errors", {}).get(stage, {}) for stage in ("optimise", "onnx")]
+    return bool(line.get("failures")) or any(error.get("class") == "VerificationError" for error in errors)
+
+
+def _sound(line: Line) -> bool:
+    """Whether all that was made of a network was found equal, on onnxruntime too."""
+    equal = _captured(line) and not _wrong(line) and not _declined(line)
+    return equal and bool(line.get("onnx", {}).get("ok"))
+
+
+def _listed(lines: Sequence[Line]) -> int:
+    return max((line.get("listed", 0) for line in lines), default=0)
 
 
 def _crashed(line: Line) -> bool:

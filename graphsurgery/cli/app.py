@@ -216,6 +216,9 @@ def verify(
     locate: Annotated[
         bool, typer.Option("--locate/--no-locate", help="Find the first value that differs, if any.")
     ] = True,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Run other batch sizes than the example's too.")
+    ] = False,
     data: Data = None,
     data_limit: DataLimit = None,
     as_json: Json = False,
@@ -231,6 +234,7 @@ def verify(
         list(runtimes or ()),
         ERR,
         locate=locate,
+        dynamic_batch=dynamic_batch,
         data=data,
         data_limit=data_limit,
     )

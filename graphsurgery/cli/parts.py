@@ -69,6 +69,7 @@ def optimize_parts(request: Request, console: Console) -> PartsOutcome:
             on_event(gs.Event("stage-start", "export to ONNX and run", 0, 1))
             done = result.export_onnx(request.output, verify=request.verify != "off", opset=request.opset)
             written = [Path(made.path) for made in done.values()]
+            ok = ok and len(done) == len(result.folded)  # the notes say of the others why not
         if request.report is not None:
             text = result.report.to_json()
             files.enter_context(staged(request.report)).write_text(text + "\n", encoding="utf-8")

@@ -198,6 +198,7 @@ def verify(
     console: Console,
     *,
     locate: bool = True,
+    dynamic_batch: bool = False,
     data: Path | None = None,
     data_limit: int | None = None,
 ) -> Compared:
@@ -220,12 +221,11 @@ def verify(
             f"{reference} brings positional and keyword inputs at once; give all of them by --input."
         )
     own = _data(data, examples, next(iter(bringing or models), sides[0]), reference)
+    options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "data": own, "data_limit": data_limit}
     with console.status("comparing") if console.is_terminal else ExitStack():
         try:
             programs = _program(sides[0]), _program(sides[1])
-            verdict = gs.verify(
-                *programs, examples, runtimes=runtimes or None, data=own, data_limit=data_limit
-            )
+            verdict = gs.verify(*programs, examples, runtimes=runtimes or None, **options)
         except (
             gs.VerificationError
         ) as error:  # a difference is returned; raised is what could not be compared
@@ -233,7 +233,7 @@ def verify(
         if verdict.ok or not locate:
             return Compared(verdict)
         try:
-            found = gs.localize(*programs, examples, runtimes=runtimes, data=own, data_limit=data_limit)
+            found = gs.localize(*programs, examples, runtimes=runtimes, **options)
             return Compared(verdict, found)
         except Exception as error:  # noqa: BLE001 - the verdict stands, whatever keeps its place from being found
             return Compared(verdict, unlocated=first_line(error))

@@ -27,7 +27,9 @@ def outcome(done: Outcome | PartsOutcome) -> list[RenderableType]:
     ]
     lines += [Text(f"wrote {path}") for path in done.written]
     if not done.ok:
-        lines.append(Text("verification failed: nothing was written", style="bold red"))
+        some = isinstance(done, PartsOutcome) and done.written
+        said = "a part was not written, see the notes" if some else "nothing was written"
+        lines.append(Text(f"verification failed: {said}", style="bold red"))
     return lines
 
 

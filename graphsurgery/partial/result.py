@@ -92,8 +92,9 @@ class PartsResult:
             What was written, by the path of the part.
 
         Raises:
-            ExportError: No part was folded, or none of them could be translated. Where some could not, the
-                others are written, and the message of the first is in `report.notes`.
+            ExportError: No part was folded, or none of them could be translated.
+            VerificationError: None was written, and the file of one differs. Where some were not written,
+                the others are, and the messages are in `report.notes`.
         """
         if not self.folded:
             raise ExportError(f"no part of {self.report.model} was folded, so there is nothing to write")
@@ -104,6 +105,7 @@ class PartsResult:
             raise ExportError(f"the folder {target} cannot be made: {error.strerror or error}") from error
         done: dict[str, ExportResult] = {}
         problems: list[str] = []
+        different = False
         names: set[str] = set()
         for part in self.folded:
             if part.result is None:
@@ -116,8 +118,9 @@ class PartsResult:
                 done[part.path] = part.result.export_onnx(target / f"{name}.onnx", verify=verify, opset=opset)
             except (ExportError, VerificationError) as error:
                 problems.append(f"{part.path or part.kind} was not written as ONNX: {error}")
+                different |= isinstance(error, VerificationError)
         if not done:
-            raise ExportError(problems[0])
+            raise VerificationError(problems[0]) if different else ExportError(problems[0])
         self.report = _with_notes(self, problems)
         return done
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from graphsurgery.verify.baseline import Baseline
 from graphsurgery.verify.data import Data
-from graphsurgery.verify.free import accepted_by, baseline_for, free_axes
-from graphsurgery.verify.inputs import CASES, Inputs
+from graphsurgery.verify.free import accepted_by, baseline_for, batch_is_free, free_axes
+from graphsurgery.verify.inputs import CASES, Inputs, as_inputs
 from graphsurgery.verify.runners import OnnxRunner, Runner, TorchRunner, runner_for
 from graphsurgery.verify.runtimes import RUNTIMES, check_names, program_of, runtime_runner, verdict_on
 from graphsurgery.verify.verdict import Comparison, OutputVerdict, RuntimesVerdict, RuntimeVerdict, Verdict
@@ -101,7 +101,7 @@ def verify(
             the question is symmetric, and only a torch module gives a float64 anchor at any size.
         inputs: Example inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         dynamic_batch: Whether the leading dimension of the inputs is free; then batch 1 and a larger one are
-            run.
+            run. Else the example's alone is, and a note says so where a file or graph leaves it free.
         samples: Number of cases of the battery; None chooses 3 to 8 by the cost of one.
         seed: Seed of the battery.
         data: The caller's own inputs, run beside the battery: an iterable (a list, a DataLoader) of batches,
@@ -149,10 +149,20 @@ def verify(
         verdict = verdict_on(baseline, program, runtimes)
     else:
         verdict = baseline.compare(runner)
-    if not swapped:
-        return verdict
-    note = f"judged the other way round: the float64 anchor comes from {baseline.runner.name}"
-    return dataclasses.replace(verdict, notes=(note, *verdict.notes))
+    notes = verdict.notes
+    if swapped:
+        note = f"judged the other way round: the float64 anchor comes from {baseline.runner.name}"
+        notes = (note, *notes)
+    alone = len(verdict.batch_sizes) == 1 and not dynamic_batch
+    if alone and batch_is_free(as_inputs(inputs), [first, judged]):
+        notes = (*notes, _ONE_BATCH.format(verdict.batch_sizes[0]))
+    return dataclasses.replace(verdict, notes=notes)
+
+
+_ONE_BATCH = (
+    "the batch is free, but {} was the only size that was run: "
+    "dynamic_batch=True (--dynamic-batch) runs others"
+)
 
 
 def _is_file(program: object) -> bool:

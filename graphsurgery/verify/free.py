@@ -16,7 +16,7 @@ from graphsurgery.verify.inputs import Inputs, as_inputs
 from graphsurgery.verify.runners import OnnxRunner, TorchRunner, runner_for
 from graphsurgery.verify.sizes import SizeAxes, merged_axes, size_axes_of
 
-__all__ = ["accepted_by", "baseline_for", "free_axes"]
+__all__ = ["accepted_by", "baseline_for", "batch_is_free", "free_axes"]
 
 _FIXED = 0  # a size that conditions tie to others: it cannot be changed by itself
 
@@ -68,6 +68,13 @@ def free_axes(
         return size_axes_of(example, free_sizes)
     found = [_declared(program, example) for program in programs]
     return merged_axes(example, [shapes for shapes in found if shapes is not None])
+
+
+def batch_is_free(example: Inputs, programs: Sequence[object]) -> bool:
+    """Return whether a program that tells leaves the first tensor's leading size free, and none fixes it."""
+    declared = [shapes for program in programs if (shapes := _declared(program, example))]
+    leading = [shapes[0][0] for shapes in declared if shapes[0]]
+    return bool(leading) and not any(isinstance(size, int) for size in leading)
 
 
 def accepted_by(programs: Sequence[object]) -> Callable[[Inputs], bool] | None:

@@ -55,11 +55,18 @@ def judge(baseline: Baseline, candidate: Runner) -> Verdict:
         _judge_output(baseline, output, value, double)
         for output, value, double in zip(baseline.outputs, values, doubles, strict=True)
     )
-    notes += [
-        f"output {v.name!r} holds {v.nan} NaN, which agree in place with the reference's but say nothing"
-        for v in verdicts
-        if v.nan and v.ok
-    ]
+    for verdict, output, value in zip(verdicts, baseline.outputs, values, strict=True):
+        lost, nan = _overflown(output, value)
+        if verdict.ok and verdict.nan > nan:
+            notes.append(
+                f"output {verdict.name!r} holds {verdict.nan - nan} NaN, which agree in place with the "
+                "reference's but say nothing"
+            )
+        if verdict.ok and lost:
+            notes.append(
+                f"{lost} values of output {verdict.name!r} were not compared: the reference overflows "
+                f"{verdict.dtype} there or next to it, and the candidate too"
+            )
     notes += [
         f"output {output.name!r} is the same on every input that was tried (a last layer of zeros?): that it "
         "agrees says nothing of the layers before it"
@@ -140,6 +147,8 @@ def _exact(baseline: Baseline, candidate: Runner) -> tuple[list[Outputs] | None,
             return None, []
         return [runner.run(batch.inputs) for batch in baseline.batches[:runs]], []
     except Exception as error:  # noqa: BLE001 - operators without a float64 kernel raise all kinds
+        for output in baseline.outputs:
+            output.stored = None  # a noise measured in part would judge the next candidate
         return None, [f"not compared in float64: {type(error).__name__}: {error}"]
 
 
@@ -172,6 +181,13 @@ def _judge_output(
     misplaced = _misplaced(output, values)
     if misplaced:
         return dataclasses.replace(verdict, ok=False, reason=misplaced)
+    lost, _ = _overflown(output, values)
+    if lost and lost == sum(int(anchor.isfinite().sum()) for anchor in output.anchor):
+        reason = (
+            f"inconclusive: the reference overflows {verdict.dtype} at every value, or next to it, and the "
+            "candidate too; verify the model in a wider dtype or on smaller inputs"
+        )
+        return dataclasses.replace(verdict, ok=False, reason=reason)
     native = yardstick.judge([baseline.canonical(v, run) for run, v in enumerate(values)], "native")
     exact = None
     if doubles is not None and output.stored is not None:
@@ -250,11 +266,16 @@ _KIND_NAMES = ("a finite value", "NaN", "+inf", "-inf")
 def _misplaced(output: Output, values: list[Tensor]) -> str:
     """Return where NaN or infinity do not agree with the reference; "" if they do.
 
-    Where only the reference's own dtype overflowed (the anchor is finite), the candidate may or may not.
+    Where only the reference's own dtype overflowed (the anchor is finite), the candidate may or may not, but
+    not to the other side.
     """
     for run, value in enumerate(values):
         got, anchor, native = (_kinds(x) for x in (value, output.anchor[run], output.native[run]))
-        wrong = (got != anchor) & (got != native) & ~output.overflowed[run]
+        free = output.overflowed[run]
+        if not value.is_complex():
+            aside = value.isinf() & (value.sign() != output.anchor[run].sign())
+            free = free & (~aside | output.native[run].isnan())
+        wrong = (got != anchor) & (got != native) & ~free
         if bool(wrong.any()):
             index = [int(i) for i in wrong.nonzero()[0]]
             spot = tuple(index)
@@ -263,6 +284,15 @@ def _misplaced(output: Output, values: list[Tensor]) -> str:
                 f"reference has {_KIND_NAMES[int(native[spot])]}, first at {index}"
             )
     return ""
+
+
+def _overflown(output: Output, values: list[Tensor]) -> tuple[int, int]:
+    """Count the values that only the dtype keeps from being finite on both sides; and the NaN among them."""
+    if not output.is_float:
+        return 0, 0
+    pairs = list(zip(output.overflowed, values, strict=True))
+    lost = sum(int((mask & ~value.isfinite()).sum()) for mask, value in pairs)
+    return lost, sum(int((mask & value.isnan()).sum()) for mask, value in pairs)
 
 
 def _judge_integers(verdict: OutputVerdict, output: Output, values: list[Tensor]) -> OutputVerdict:

@@ -19,15 +19,16 @@ Outputs = dict[str, Tensor]
 def flatten_outputs(found: Any) -> Outputs:
     """Return the tensors of a nested output by name, in order, on the CPU.
 
-    A lone tensor is called "output"; others by their path ("logits", "0", "features.1"). None is left out,
-    plain numbers become tensors without dimensions.
+    A lone tensor is called "output"; others by their path ("logits", "0", "features.1"), with "#2" and so on
+    behind a name that another path has too (the keys 1 and "1"). None is left out, plain numbers become
+    tensors without dimensions.
 
     Raises:
         VerificationError: A leaf is neither a tensor nor a number.
     """
     outputs: Outputs = {}
     for path, leaf in pytree.tree_flatten_with_path(found)[0]:
-        name = ".".join(_key_text(key) for key in path) or "output"
+        name = known = ".".join(_key_text(key) for key in path) or "output"
         if leaf is None:
             continue
         if isinstance(leaf, bool | int | float | complex):
@@ -37,6 +38,10 @@ def flatten_outputs(found: Any) -> Outputs:
                 f"output {name!r} is a {type(leaf).__name__}; verify compares tensors and numbers in tuples, "
                 "lists, dictionaries and classes that torch.utils._pytree knows"
             )
+        count = 1
+        while name in outputs:  # else one of the two would be compared, and the other lost
+            count += 1
+            name = f"{known}#{count}"
         outputs[name] = leaf.detach().to("cpu")
     return outputs
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from graphsurgery.digest import tensor_digest
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
-from graphsurgery.sharing import WriteGuard, is_large, large_tensors, plain_tensors
+from graphsurgery.sharing import WriteGuard, apart, is_large, large_tensors, plain_tensors
 from graphsurgery.verify.inputs import Inputs
 from graphsurgery.verify.large import LargeRunner
 from graphsurgery.verify.outputs import Outputs, flatten_outputs, structure_text
@@ -198,11 +198,12 @@ class CompiledRunner:
 
     def __init__(self, module: nn.Module) -> None:
         self.name = f"torch.compile {type(module).__name__}"
-        self._compiled: Any = torch.compile(TorchRunner(module, share=False)._copy)
+        self._copy = TorchRunner(module, share=False)._copy
+        self._compiled: Any = torch.compile(self._copy)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return the outputs in the module's own dtypes; the first run of a shape compiles."""
-        return _call(self._compiled, inputs)
+        return flatten_outputs(_returned(self._copy, inputs, call=self._compiled))
 
 
 class _StateRunner:
@@ -235,14 +236,22 @@ def _call(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None = N
     return flatten_outputs(_returned(module, inputs, state))
 
 
-def _returned(module: nn.Module, inputs: Inputs, state: dict[str, Tensor] | None = None) -> Any:
+def _returned(
+    module: nn.Module,
+    inputs: Inputs,
+    state: dict[str, Tensor] | None = None,
+    call: Callable[..., Any] | None = None,
+) -> Any:
     leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves()]
     own = inputs.replace(leaves)  # a forward may write into its input
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
+        # A buffer that is written anew and returned would else hold the outputs of the latest run in all.
         if state is None:
-            return module(*own.args, **dict(own.kwargs or {}))
-        return functional_call(module, state, own.args, dict(own.kwargs or {}))
+            run = module if call is None else call
+            return apart(run(*own.args, **dict(own.kwargs or {})), module)
+        found = functional_call(module, state, own.args, dict(own.kwargs or {}))
+        return apart(found, module, state.values())
 
 
 class OnnxRunner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,31 @@ def test_writes_each_part_and_a_report(model: str, capsys: pytest.CaptureFixture
     assert [(part.path, part.status) for part in report.parts] == [("", "refused"), ("head", "folded")]
     for text in ("head [Sequential]", "192 -> 32", "its control flow depends on", "wrote made/head.onnx"):
         assert text in out
+
+
+@pytest.mark.parametrize("wrong", [("head",), ("head", "tail")], ids=len)
+def test_a_part_whose_file_differs_is_no_success(
+    model: str, wrong: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = MODEL.replace(
+        "self.head =", "self.tail = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 4))\n        self.head ="
+    )
+    two = two.replace("else picture", "else self.tail(picture)")
+    two = two.replace("return self.head(picture)", "return self.head(picture) + self.tail(picture)")
+    Path("parts_model.py").write_text(two)
+    export = gs.OptimizeResult.export_onnx
+
+    def differs(self: gs.OptimizeResult, path: Path, **options: Any) -> Any:
+        if path.stem in wrong:
+            raise gs.VerificationError("it differs")
+        return export(self, path, **options)
+
+    monkeypatch.setattr(gs.OptimizeResult, "export_onnx", differs)
+    assert run("optimize", model, "--parts", "-o", "made") == 1
+    found = capsys.readouterr()
+    assert f"{wrong[-1]} was not written as ONNX: it differs" in found.out + found.err
+    assert ("a part was not written, see the notes" in found.out) == (len(wrong) == 1)
+    assert [path.name for path in Path("made").iterdir()] == ["tail.onnx"] * (len(wrong) == 1)
 
 
 def test_without_parts_the_way_out_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,14 @@ def test_equal_sides_on_several_runtimes(sides: tuple[str, str], capsys: pytest.
     assert {name: table[name] for name in ALL} == dict.fromkeys(ALL, "equal") | {"torch": "not run"}
 
 
+def test_other_batches_are_run_where_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for more, sizes in (((), [2]), (("--dynamic-batch",), [1, 2, 5])):
+        assert run("verify", "verify_models.py:net", "n.onnx", *INPUT, "--json", *more) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["batch_sizes"] == sizes
+        assert any("the only size that was run" in note for note in found["notes"]) == (not more)
+
+
 def test_exported_programs_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", "n.pt2", "n.pt2", *on("torch")) == 0
     assert run("verify", "verify_models.py:other", "n.pt2", *INPUT) == 1

@@ -66,6 +66,32 @@ def image() -> Tensor:
     return torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+def test_a_batch_that_is_baked_into_a_file_is_seen_at_another_one_or_the_note_says_so(
+    net: Net, tmp_path: Path
+) -> None:
+    """The file declares a free batch, and holds that of the example in a shape."""
+    good = write(tmp_path / "good.onnx", net)
+    model = onnx.load(good)
+    flatten = next(node for node in model.graph.node if node.op_type == "Flatten")
+    flatten.op_type = "Reshape"
+    flatten.input.append("shape")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 64]), "shape"))
+    onnx.save(model, baked := tmp_path / "baked.onnx")
+    said = "the batch is free, but 2 was the only size that was run"
+    sides: list[tuple[object, object]] = [(net, baked), (baked, net), (good, baked)]
+    for one, other in sides:
+        verdict = verify(one, other, image())
+        assert verdict.ok
+        assert any(said in note for note in verdict.notes)
+        assert not verify(one, other, image(), dynamic_batch=True).ok
+    assert not any(said in note for note in verify(net, good, image(), dynamic_batch=True).notes)
+    assert not any(said in note for note in verify(net, net, image()).notes)  # nothing says that it is free
+    fixed = onnx.load(good)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    assert not any(said in note for note in verify(net, tmp_path / "fixed.onnx", image()).notes)
+
+
 def test_torch_against_onnx_and_the_other_way_round(net: Net, tmp_path: Path) -> None:
     good, bad = write(tmp_path / "a.onnx", net), write(tmp_path / "b.onnx", net, error=1e-3)
     baseline = Baseline(net, image(), dynamic_batch=True)

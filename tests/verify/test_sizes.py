@@ -90,7 +90,9 @@ def test_tokens_and_mask_keep_one_length() -> None:
     ids, mask = torch.randint(1, 9, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
     example = as_inputs({"ids": ids, "mask": mask})
     axes = size_axes_of(example, {"ids": {1: Dim("t")}, "mask": {1: Dim("t")}})
-    for slot in size_runs(example, axes):
+    slots = size_runs(example, axes)
+    assert [len(slot) for slot in slots] == [1, 2]
+    for slot in slots:
         for batch in slot:
             leaves = batch.inputs.leaves()
             assert leaves[0].shape == leaves[1].shape != ids.shape
