@@ -362,6 +362,27 @@ def test_save_writes_a_program_with_a_free_batch(net: nn.Module, image: Tensor, 
         assert_agrees(net, loaded, x)
 
 
+def test_a_saved_program_that_differs_is_not_kept(
+    net: nn.Module, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = gs.optimize(net, image)
+    write = torch.export.save
+
+    def spoilt(program: Any, file: Any) -> None:
+        with torch.no_grad():
+            next(value for value in program.state_dict.values() if value.is_floating_point()).mul_(1.01)
+        write(program, file)
+
+    monkeypatch.setattr(torch.export, "save", spoilt)
+    with pytest.raises(
+        gs.VerificationError, match=r"net\.pt2 is not kept, as what is loaded from it differs"
+    ):
+        result.save(tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+    result.save(tmp_path / "net.pt2", verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pt2"]
+
+
 def test_save_to_nowhere_is_one_clear_error(net: nn.Module, image: Tensor, tmp_path: Path) -> None:
     with pytest.raises(
         gs.ExportError,

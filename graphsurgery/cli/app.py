@@ -225,7 +225,7 @@ def verify(
 ) -> int:
     """Tell whether A and B compute the same function, up to rounding.
 
-    Exit code 0: equal; 1: different; 2: they could not be compared.
+    Exit code 0: equal; 1: different; 2: they could not be compared, or not on every runtime named.
     """
     found = run.verify(
         reference,
@@ -242,7 +242,9 @@ def verify(
         typer.echo(run.verdict_json(found))
     else:
         _show(show.compared(found))
-    return 0 if found.verdict.ok else 1
+    if not found.verdict.ok:
+        return 1
+    return 0 if getattr(found.verdict, "complete", True) else 2  # a runtime that was asked for did not run
 
 
 @app.command()

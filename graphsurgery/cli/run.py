@@ -118,7 +118,8 @@ def optimize(request: Request, console: Console) -> Outcome:
             return Outcome(result.report, False, ())
         with ExitStack() as files:  # renamed only when the block has ended well
             if request.save is not None:
-                result.save(files.enter_context(staged(request.save)))
+                on_event(gs.Event("stage-start", "write and load the exported program", 0, 1))
+                result.save(files.enter_context(staged(request.save)), verify=request.verify != "off")
             if request.output is not None:
                 on_event(gs.Event("stage-start", "export to ONNX, run and measure", 0, 1))
                 model = files.enter_context(staged_model(request.output))

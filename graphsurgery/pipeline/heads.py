@@ -181,9 +181,9 @@ class SplitHeadResult:
         self.report = self._result.report
         return done
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
         """Write the module as an exported program (`.pt2`); see `OptimizeResult.save`."""
-        return self._result.save(path)
+        return self._result.save(path, verify=verify)
 
 
 def split_head(

@@ -18,7 +18,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphsurgery.capture.inputs import Inputs as CallInputs
 from graphsurgery.capture.program import export_model, quiet
-from graphsurgery.errors import CaptureError, ExportError
+from graphsurgery.errors import CaptureError, ExportError, VerificationError
 from graphsurgery.export import ExportResult, export_onnx, free_call, latency_ms
 from graphsurgery.export.files import staged
 from graphsurgery.pipeline.proof import Proof
@@ -114,14 +114,16 @@ class OptimizeResult:
             seconds={**self.report.seconds, "measure": time.perf_counter() - start},
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
         """Write the result as an exported program (`.pt2`), which `torch.export.load` reads.
 
         Args:
             path: The file; an older one is replaced at the end, at once.
+            verify: Whether to load it again and compare it with the original model.
 
         Raises:
             ExportError: The result cannot be exported, or the file not written.
+            VerificationError: What was loaded differs from the original model; nothing is left there.
         """
         target = Path(path)
         info = self._proof.info
@@ -136,9 +138,20 @@ class OptimizeResult:
                 _accept(exported.program, info.args, info.kwargs)
             with staged(target) as temporary, quiet():
                 torch.export.save(exported.program, temporary)
+                if verify:
+                    self._compare_saved(temporary, target)
         except (CaptureError, OSError, RuntimeError) as error:
             raise ExportError(f"{target} was not written: {str(error).splitlines()[0]}") from error
         return target
+
+    def _compare_saved(self, file: Path, target: Path) -> None:
+        baseline = self._proof.baseline_of(self.graph_module)
+        try:
+            baseline.compare(torch.export.load(file).module()).raise_if_failed()
+        except VerificationError as error:
+            raise VerificationError(
+                f"{target} is not kept, as what is loaded from it differs: {error}"
+            ) from error
 
 
 def _accept(program: ExportedProgram, args: Any, kwargs: Any) -> None:

@@ -197,6 +197,11 @@ class RuntimesVerdict(Verdict):
 
     runtimes: tuple[RuntimeVerdict, ...] = ()
 
+    @property
+    def complete(self) -> bool:
+        """Whether every runtime that was named ran."""
+        return all(item.status != "not run" for item in self.runtimes)
+
     def __str__(self) -> str:
         lines = [super().__str__()]
         lines += [f"  on {item.runtime}: {item.status}" for item in self.runtimes if item.verdict]
