@@ -35,15 +35,16 @@ EXPLANATION = """\
 Latency is the median of runs on onnxruntime, all optimisations on; all files of a network take turns run
 by run, in blocks, and each block gives one ratio. Shown are the medians of these ratios, for
 graphsurgery with the least and the most. 2.00 is twice as fast as `torch.onnx.export(dynamo=True)` of
-the network as it is, which is also what the tools that work on files were given. Every file was held
-against the network in float64 at both batches before it was timed; one that differs by more than
-rounding (1e-4 of the largest value of an output, or three times what the network itself in float32 is
-off, where that is more) is shown as wrong, and one that a tool could not make as `fails`; both count as
-1.00 in the geometric means, as does a network for which a tool has nothing, since the plain export is
-what is left then. A tool that was not run on a network is left out of its mean there. `timm / peft` is
-`timm.utils.reparameterize_model` or `merge_and_unload`, where there is one. Inductor (frozen weights) is
-timed in torch on one thread, beside torch eager, and its ratio is to that; where it is wrong or fails it
-counts as 1.00 too."""
+the network as it is, which is also what the tools that work on files were given. The threads of a
+session stop with its run (`session.force_spinning_stop`), as they would slow down the file that is next.
+Every file was held against the network in float64 at both batches before it was timed; one that differs
+by more than rounding (1e-4 of the largest value of an output, or three times what the network itself in
+float32 is off, where that is more) is shown as wrong, and one that a tool could not make as `fails`;
+both count as 1.00 in the geometric means, as does a network for which a tool has nothing, since the
+plain export is what is left then. A tool that was not run on a network is left out of its mean there.
+`timm / peft` is `timm.utils.reparameterize_model` or `merge_and_unload`, where there is one. Inductor
+(frozen weights) is timed in torch on one thread, beside torch eager, and its ratio is to that; where it
+is wrong or fails it counts as 1.00 too."""
 
 SHORT = """\
 How many times faster than the plain export (`torch.onnx.export(dynamo=True)`) each tool's file is on

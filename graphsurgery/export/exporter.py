@@ -22,6 +22,8 @@ from graphsurgery.errors import ExportError
 from graphsurgery.export.attention import on_four_axes
 from graphsurgery.export.by_node import BY_NODE_NOTE
 from graphsurgery.export.files import commit, data_name, staging
+from graphsurgery.export.gemm import linears_as_gemm
+from graphsurgery.export.keys import transpose_keys
 from graphsurgery.export.masks import hide_rows
 from graphsurgery.export.names import file_outputs, name_sizes
 from graphsurgery.export.opset import OPSET, OPSET_BFLOAT16, check_opset, declines_bfloat16
@@ -176,6 +178,8 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
         )
     # Inputs and outputs have the user's names, values within those of the graph: "linear" may be both.
     hide_rows(model)
+    transpose_keys(model)
+    linears_as_gemm(model)
     NameFixPass()(model)
     _strip_traces(model)
     if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:

@@ -1,0 +1,85 @@
+"""Linear layers over several axes, as one `Gemm`.
+
+torch's exporter writes a Linear on more than two axes as `MatMul` and `Add`. Viewed on two axes it is one
+`Gemm`, which adds the bias where it writes the product; the views move nothing.
+"""
+
+from __future__ import annotations
+
+import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+__all__ = ["linears_as_gemm"]
+
+
+def linears_as_gemm(model: onnx_ir.Model) -> int:
+    """Write `MatMul` with a constant matrix and the `Add` of a constant bias as one `Gemm`, in place.
+
+    Left alone are products with two free sizes or more, since a view leaves one to be worked out.
+
+    Args:
+        model: What torch's exporter made.
+
+    Returns:
+        How many were changed.
+    """
+    changed = 0
+    for add in list(model.graph.all_nodes()):
+        found = _linear(add)
+        if found is None or add.graph is None:
+            continue
+        x, weight, bias, sizes = found
+        graph, old = add.graph, add.outputs[0]
+        width_in, width_out = _constant_sizes(weight) or ()
+        flat = _view(x, [-1, width_in])
+        product = onnx_ir.node("Gemm", inputs=[flat.outputs[0], weight, bias])
+        product.outputs[0].type = flat.outputs[0].type = x.type
+        back = _view(product.outputs[0], [*sizes, width_out])
+        new = back.outputs[0]
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        for node in (flat, product, back):
+            for part in node.inputs[1:2]:
+                made = part.producer() if part is not None else None
+                if made is not None and made.graph is None:
+                    graph.insert_before(add, made)
+            graph.insert_before(add, node)
+        onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(add, safe=True)
+        changed += 1
+    if changed:
+        RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _view(value: onnx_ir.Value, sizes: list[int]) -> onnx_ir.Node:
+    tensor = onnx_ir.tensor(sizes, dtype=onnx_ir.DataType.INT64)
+    shape = onnx_ir.node("Constant", inputs=[], attributes={"value": tensor})
+    return onnx_ir.node("Reshape", inputs=[value, shape.outputs[0]])
+
+
+def _linear(add: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value, list[int]] | None:
+    """The input, matrix and bias of a Linear that ends in this node, and the sizes of its leading axes."""
+    if add.op_type != "Add" or len(add.inputs) != 2:
+        return None
+    for product, bias in (add.inputs, add.inputs[::-1]):
+        made = product.producer() if product is not None else None
+        if product is None or made is None or made.op_type != "MatMul" or bias is None:
+            continue
+        x, weight = made.inputs
+        if x is None or weight is None or len(list(product.uses())) != 1 or product.is_graph_output():
+            continue
+        matrix, vector = _constant_sizes(weight), _constant_sizes(bias)
+        if matrix is None or len(matrix) != 2 or vector != matrix[1:]:
+            continue
+        if x.shape is None or len(x.shape) < 3:
+            continue
+        sizes = [size if isinstance(size, int) else -1 for size in x.shape[:-1]]
+        if sizes.count(-1) > 1 or (-1 in sizes and 0 in sizes):
+            continue
+        return x, weight, bias, sizes
+    return None
+
+
+def _constant_sizes(value: onnx_ir.Value) -> tuple[int, ...] | None:
+    tensor = onnx_ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tuple(tensor.shape.numpy())

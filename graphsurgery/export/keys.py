@@ -1,0 +1,64 @@
+"""The keys of attention, transposed by one call.
+
+torch's exporter writes `k.transpose(-2, -1)` for any number of axes: eight nodes that take the shape apart,
+view the keys on three axes, transpose those, and view them back. Of four axes it is one `Transpose`, which
+onnxruntime takes into the product behind it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+__all__ = ["transpose_keys"]
+
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_ORIGIN = "pkg.torch.onnx.fx_node"
+
+
+def transpose_keys(model: onnx_ir.Model) -> int:
+    """Write keys of four axes that are transposed on three as one `Transpose`, in place.
+
+    To be called before the origins are stripped, which tell attention from what a user has written.
+
+    Args:
+        model: What torch's exporter made.
+
+    Returns:
+        How many keys were changed.
+    """
+    changed = 0
+    for last in list(model.graph.all_nodes()):
+        keys = _keys(last)
+        if keys is None or last.graph is None:
+            continue
+        made = onnx_ir.node("Transpose", inputs=[keys], attributes={"perm": [0, 1, 3, 2]})
+        old, new = last.outputs[0], made.outputs[0]
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        last.graph.insert_before(last, made)
+        onnx_ir.convenience.replace_all_uses_with(old, new)
+        last.graph.remove(last, safe=True)
+        changed += 1
+    if changed:
+        RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _keys(last: onnx_ir.Node) -> onnx_ir.Value | None:
+    """The keys of four axes that `last` views back behind a transposition on three, or None."""
+    middle = _before(last, "Reshape")
+    first = _before(middle, "Transpose")
+    if middle is None or first is None or first.op_type != "Reshape":
+        return None
+    perm, keys = middle.attributes.get("perm"), first.inputs[0]
+    if perm is None or list(perm.as_ints()) != [0, 2, 1]:
+        return None
+    return keys if keys is not None and keys.shape is not None and len(keys.shape) == 4 else None
+
+
+def _before(node: onnx_ir.Node | None, op_type: str) -> onnx_ir.Node | None:
+    """What makes the first input of a node of attention that is an `op_type`."""
+    if node is None or node.op_type != op_type or _ATTENTION not in node.metadata_props.get(_ORIGIN, ""):
+        return None
+    value = node.inputs[0]
+    return None if value is None else value.producer()
