@@ -24,6 +24,7 @@ _LOW = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _NUMPY_EPS = {TensorProto.FLOAT: 2.0**-23, TensorProto.FLOAT16: 2.0**-10, TensorProto.DOUBLE: 2.0**-52}
 _LARGEST_PROTO = 2**31 - 1
 _MAX_MACS = 2e8
+_SHAPE_NUMBERS = 64  # constants that may be shapes are not larger
 """Multiplications up to which the reference evaluator, which is plain numpy, answers within seconds."""
 
 
@@ -150,7 +151,7 @@ def macs(model: onnx.ModelProto) -> float:
     """
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(_of_one(model), data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return math.inf
     shapes = {v.name: _shape(v) for v in (*inferred.graph.value_info, *inferred.graph.output)}
@@ -167,6 +168,33 @@ def macs(model: onnx.ModelProto) -> float:
         positions = shape[2:] if node.op_type.startswith("Conv") else shape[:-1]
         total += math.prod(weight) * math.prod(size for size in positions if isinstance(size, int))
     return total
+
+
+def _of_one(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without its large weights, for a batch of one: a view leaves a free size unknown."""
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = model.graph.name
+    graph.node.extend(model.graph.node)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        graph.input.append(value)
+        sizes = graph.input[-1].type.tensor_type.shape.dim
+        if value.name not in constants and sizes and not sizes[0].HasField("dim_value"):
+            sizes[0].dim_value = 1
+    for value in model.graph.output:
+        graph.output.append(value)
+        graph.output[-1].type.tensor_type.ClearField("shape")
+    known = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _SHAPE_NUMBERS:
+            graph.initializer.append(tensor)
+        elif tensor.name not in known:
+            made = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            graph.input.append(made)
+    return light
 
 
 def nudged_session(path: str | os.PathLike[str], seed: int, ulps: float) -> OnnxSession | None:

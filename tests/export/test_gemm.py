@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import graphsurgery as gs
 from graphsurgery.export import OnnxSession, exporter, node_counts
+from graphsurgery.export.evaluator import macs
+from graphsurgery.export.sessions import read_model
 
 
 def two() -> nn.Module:
@@ -92,3 +94,13 @@ def test_what_else_reads_the_product_keeps_it(tmp_path: Path) -> None:
     assert done.verdict is not None
     assert done.verdict.ok
     assert "Gemm" not in node_counts(tmp_path / "both.onnx")
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (3, 4, 6)], ids=str)
+def test_the_cost_of_a_product_on_a_view_is_known(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """The view leaves the number of rows open, of which there are as many as positions in one sample."""
+    gs.optimize(two().eval(), torch.randn(2, *sizes)).export_onnx(tmp_path / "net.onnx")
+    positions = 1.0
+    for size in sizes[:-1]:
+        positions *= size
+    assert macs(read_model(tmp_path / "net.onnx")) == positions * (6 * 5 + 5 * 6 + 6 * 3)
