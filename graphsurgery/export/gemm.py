@@ -81,5 +81,8 @@ def _linear(add: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Va
 
 
 def _constant_sizes(value: onnx_ir.Value) -> tuple[int, ...] | None:
+    """The sizes of a constant of floats; None of all else."""
     tensor = onnx_ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tuple(tensor.shape.numpy())
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return None  # onnxruntime multiplies integers in MatMul alone
+    return tuple(tensor.shape.numpy())

@@ -10,10 +10,9 @@ from __future__ import annotations
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-__all__ = ["transpose_keys"]
+from graphsurgery.export.masks import of_attention
 
-_ATTENTION = "aten.scaled_dot_product_attention.default"
-_ORIGIN = "pkg.torch.onnx.fx_node"
+__all__ = ["transpose_keys"]
 
 
 def transpose_keys(model: onnx_ir.Model) -> int:
@@ -58,7 +57,7 @@ def _keys(last: onnx_ir.Node) -> onnx_ir.Value | None:
 
 def _before(node: onnx_ir.Node | None, op_type: str) -> onnx_ir.Node | None:
     """What makes the first input of a node of attention that is an `op_type`."""
-    if node is None or node.op_type != op_type or _ATTENTION not in node.metadata_props.get(_ORIGIN, ""):
+    if node is None or node.op_type != op_type or not of_attention(node):
         return None
     value = node.inputs[0]
     return None if value is None else value.producer()

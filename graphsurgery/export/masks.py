@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-__all__ = ["hide_rows"]
+__all__ = ["hide_rows", "of_attention"]
 
 _ATTENTION = "aten.scaled_dot_product_attention.default"
 _ORIGIN = "pkg.torch.onnx.fx_node"
@@ -35,20 +35,21 @@ def hide_rows(model: onnx_ir.Model) -> int:
             continue
         for place, value in enumerate(added.inputs):
             chosen = value.producer() if value is not None else None
-            if chosen is not None and chosen.op_type == "Where" and _of_attention(chosen):
+            if chosen is not None and chosen.op_type == "Where" and of_attention(chosen):
                 changed += _replace(chosen, 2)
             elif value is not None and value.is_initializer():
                 changed += _replace(added, place)
     return changed
 
 
-def _of_attention(node: onnx_ir.Node) -> bool:
+def of_attention(node: onnx_ir.Node) -> bool:
+    """Return whether torch's exporter wrote a node for a call of attention, by the origins that it notes."""
     return _ATTENTION in node.metadata_props.get(_ORIGIN, "")
 
 
 def _guarded(node: onnx_ir.Node) -> bool:
     """Whether it is the softmax of an attention with a boolean mask: others have no guard."""
-    if node.op_type != "Softmax" or not _of_attention(node):
+    if node.op_type != "Softmax" or not of_attention(node):
         return False
     return any(user.op_type == "IsNaN" for user, _ in node.outputs[0].uses())
 

@@ -104,3 +104,22 @@ def test_the_cost_of_a_product_on_a_view_is_known(sizes: tuple[int, ...], tmp_pa
     for size in sizes[:-1]:
         positions *= size
     assert macs(read_model(tmp_path / "net.onnx")) == positions * (6 * 5 + 5 * 6 + 6 * 3)
+
+
+def test_products_of_integers_stay(tmp_path: Path) -> None:
+    """onnxruntime has no Gemm of integers."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.arange(12).view(4, 3))
+            self.register_buffer("shift", torch.tensor([5, 6, 7]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + self.shift
+
+    model, x = Counts().eval(), torch.arange(24).view(2, 3, 4)
+    done = gs.optimize(model, x).export_onnx(tmp_path / "counts.onnx")
+    assert done.verdict is not None
+    assert done.verdict.ok
+    assert torch.equal(run(tmp_path / "counts.onnx", x), model(x))
