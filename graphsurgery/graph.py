@@ -8,8 +8,8 @@ parameter and constant read by a `get_attr` node whose dotted target is the user
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class CaptureInfo:
         batch_axes: The axes that change with a free batch: number of the flat argument (positional ones
             first, keywords as given), axis (-1 for a number passed as it is), factor and offset: the size is
             `factor * batch + offset`. None where that is not known.
+        size_names: Name of each free size, by its symbol in the graph: `{"s77": "batch", "s53": "height"}`.
     """
 
     input_names: tuple[str, ...]
@@ -76,6 +77,7 @@ class CaptureInfo:
     refused_batches: tuple[int, ...] = ()
     trailing_axes: tuple[int, ...] = ()
     batch_axes: tuple[tuple[int, int, int, int], ...] | None = None
+    size_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:
@@ -385,9 +387,7 @@ def annotate(gm: fx.GraphModule, node: fx.Node) -> None:
         node.meta["val"] = mode.from_tensor(get_attr_value(gm, str(node.target)), static_shapes=True)
         return
     if node.op != "call_function" or not callable(node.target):
-        raise ValueError(
-            f"cannot annotate node {node.name!r} of kind {node.op!r}, expected get_attr or call_function"
-        )
+        raise ValueError(f"cannot annotate {node.name!r}, a {node.op}: expected get_attr or call_function")
     for operand in node.all_input_nodes:
         if "val" not in operand.meta:
             raise ValueError(

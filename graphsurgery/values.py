@@ -7,7 +7,8 @@ factored (a merged `batch * 196` then divides without ambiguity), to the real si
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -20,6 +21,8 @@ from torch import fx
 # divided by one of them.
 _FIRST_PRIME = 1_000_000_007
 
+_WORD = re.compile(r"\b[A-Za-z_]\w*")
+
 EXAMPLE_SHAPE = "example_shape"
 """Key of `node.meta` of an input: its sizes in the example, where they are not the hints of its symbols."""
 
@@ -29,6 +32,25 @@ def symbols_of(size: int | torch.SymInt) -> frozenset[sympy.Symbol]:
     if isinstance(size, int):
         return frozenset()
     return frozenset(size.node.expr.free_symbols)
+
+
+def size_text(size: int | torch.SymInt, names: Mapping[str, str]) -> str:
+    """Write a size with the names of its symbols: `4*s39` as `4*height`; a symbol without one stays."""
+    return _WORD.sub(lambda found: names.get(found[0], found[0]), str(size))
+
+
+def named_sizes(graph: fx.Graph, names: Mapping[str, str]) -> list[dict[int, str]]:
+    """Return, for each placeholder, the `size_text` of its free sizes whose symbols have names, by axis."""
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    shapes = [value.shape if isinstance(value, torch.Tensor) else () for value in values]
+    return [
+        {
+            axis: size_text(size, names)
+            for axis, size in enumerate(shape)
+            if symbols_of(size) and names.keys() >= {str(symbol) for symbol in symbols_of(size)}
+        }
+        for shape in shapes
+    ]
 
 
 @lru_cache(maxsize=65536)

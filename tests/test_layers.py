@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"errors", "values", "graph", "digest", "export", "sharing"},
     "export": {"errors", "values", "graph", "verify"},
     "localize": {"errors", "graph", "capture", "verify", "export"},
-    "report": {"errors", "cost", "rewrite", "verify", "export", "graph"},
+    "report": {"errors", "values", "cost", "rewrite", "verify", "export", "graph"},
     "measure": {"errors", "values", "graph", "cost", "rewrite", "passes", "export", "report"},
     "pipeline": {
         *("errors", "values", "graph", "cost", "affine", "rewrite", "passes", "measure"),

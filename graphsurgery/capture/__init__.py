@@ -268,5 +268,6 @@ def _record(
         kwargs=inputs.kwargs,
         refused_batches=sizes.refused_batches(rules, inputs),
         batch_axes=sizes.batch_axes(),
+        size_names=sizes.names(),
     )
     return gm

@@ -25,6 +25,7 @@ __all__ = [
     "check_lengths",
     "install",
     "kind_of",
+    "lengths_of",
     "shape_text",
 ]
 
@@ -59,6 +60,24 @@ def kind_of(tensor: torch.Tensor) -> str:
     if dtype.is_complex:
         return "complex"
     return "boolean" if dtype == torch.bool else "integer"
+
+
+def lengths_of(info: _PyTreeInfo) -> tuple[tuple[str, int, tuple[Any, ...], Any], ...]:
+    """Return `Rules.lengths` of the arguments that a graph takes apart."""
+    found: list[tuple[str, int, tuple[Any, ...], Any]] = []
+
+    def walk(spec: Any, name: str, number: int, path: tuple[Any, ...]) -> None:
+        keys = spec.context if spec.type is dict else range(spec.num_children)
+        if spec.type not in (list, tuple, dict) or not all(isinstance(key, (str, int)) for key in keys):
+            return
+        found.append((name, number, path, tuple(keys) if spec.type is dict else spec.num_children))
+        for key, child in zip(keys, spec.children(), strict=True):
+            walk(child, f"{name}[{key!r}]", number, (*path, key))
+
+    args, kwargs = info.in_spec.children()
+    for number, spec in enumerate((*args.children(), *kwargs.children())):
+        walk(spec, info.orig_args[number], number, ())
+    return tuple(found)
 
 
 def check_inputs(values: Sequence[Any], inputs: Any, sizes: Any, conditions: Any) -> None:

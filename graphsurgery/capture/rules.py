@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from graphsurgery.capture.checked import FIXED_KINDS, Rules, check_inputs, kind_of
+from graphsurgery.capture.checked import FIXED_KINDS, Rules, check_inputs, kind_of, lengths_of
 from graphsurgery.capture.expressions import evaluate, places, translate
 from graphsurgery.capture.guards import GuardReader
 from graphsurgery.capture.inputs import Inputs
@@ -184,6 +184,15 @@ class InputSizes:
             return False
         return True
 
+    def names(self) -> dict[str, str]:
+        """Return `CaptureInfo.size_names`: the caller's where there are some (`h` of `32 * Dim("h")`)."""
+        found = dict(self.free)
+        for index, axis, expr in self._found:
+            size = self._given_size(index, axis)
+            if isinstance(size, Dim) and len(expr.free_symbols) == 1:
+                found[next(iter(expr.free_symbols))] = getattr(size, "root", size).__name__
+        return {str(symbol): name for symbol, name in found.items()}
+
     # -- rules
 
     def rules(self, agrees: Callable[[Sizes, Inputs], bool] | None) -> tuple[Rules, tuple[str, ...]]:
@@ -207,7 +216,7 @@ class InputSizes:
                 bounds[symbol] = (condition.expression[2], bounds[symbol][1])
         bounded = tuple((self.free[symbol], *both) for symbol, both in bounds.items() if both != (None, None))
         said = tuple((condition.text, condition.expression) for condition in conditions)
-        return Rules(inputs, bounded, said, self._lengths()), notes
+        return Rules(inputs, bounded, said, lengths_of(self._codegen.pytree_info)), notes
 
     def _traced_least(self, symbol: sympy.Symbol) -> Condition | None:
         """Return the lower bound of a free size that the model, not the caller, put on it."""
@@ -268,23 +277,6 @@ class InputSizes:
             else:
                 found[index] = size
         return found
-
-    def _lengths(self) -> tuple[tuple[str, int, tuple[Any, ...], Any], ...]:
-        info = self._codegen.pytree_info
-        found: list[tuple[str, int, tuple[Any, ...], Any]] = []
-
-        def walk(spec: Any, name: str, number: int, path: tuple[Any, ...]) -> None:
-            keys = spec.context if spec.type is dict else range(spec.num_children)
-            if spec.type not in (list, tuple, dict) or not all(isinstance(key, (str, int)) for key in keys):
-                return
-            found.append((name, number, path, tuple(keys) if spec.type is dict else spec.num_children))
-            for key, child in zip(keys, spec.children(), strict=True):
-                walk(child, f"{name}[{key!r}]", number, (*path, key))
-
-        args, kwargs = info.in_spec.children()
-        for number, spec in enumerate((*args.children(), *kwargs.children())):
-            walk(spec, info.orig_args[number], number, ())
-        return tuple(found)
 
     def _input(self, index: int) -> tuple[str, str, Any]:
         name, value = self._names[index], self._values[index]

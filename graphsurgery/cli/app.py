@@ -52,6 +52,15 @@ Inputs = Annotated[
         help="One input of the model, as 1x3x224x224, 1x16:int64 or name=1x16:int64; repeat for more.",
     ),
 ]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic",
+        metavar="INPUT.AXIS=NAME",
+        help="A free size, as 0.2=height (the first input's), ids.1=sequence:2..512 or 0.2=32*h; repeat for "
+        "more. Replaces the default, a free batch.",
+    ),
+]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -141,6 +150,7 @@ def optimize(
         typer.Option("-o", "--output", metavar="OUT.onnx|FOLDER", help="Write the result as ONNX."),
     ] = None,
     inputs: Inputs = None,
+    dynamic: Dynamic = None,
     passes: Annotated[
         list[str] | None,
         typer.Option("--passes", metavar="NAME[,NAME...]", help="Run these passes only, in this order."),
@@ -192,6 +202,7 @@ def optimize(
         data_limit,
         opset,
         cost.value,
+        tuple(dynamic or ()),
     )
     outcome = parts.optimize_parts(request, ERR) if in_parts else run.optimize(request, ERR)
     if as_json:
@@ -216,6 +227,7 @@ def verify(
     locate: Annotated[
         bool, typer.Option("--locate/--no-locate", help="Find the first value that differs, if any.")
     ] = True,
+    dynamic: Dynamic = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Run other batch sizes than the example's too.")
     ] = False,
@@ -235,6 +247,7 @@ def verify(
         ERR,
         locate=locate,
         dynamic_batch=dynamic_batch,
+        dynamic=dynamic or (),
         data=data,
         data_limit=data_limit,
     )
@@ -249,9 +262,9 @@ def verify(
 
 @app.command()
 @_exit_codes
-def inspect(model: Model, inputs: Inputs = None, as_json: Json = False) -> int:
+def inspect(model: Model, inputs: Inputs = None, dynamic: Dynamic = None, as_json: Json = False) -> int:
     """Tell what could be folded in MODEL and what cannot, and why; nothing is changed."""
-    found = run.inspect(model, list(inputs or ()), ERR)
+    found = run.inspect(model, list(inputs or ()), ERR, dynamic=dynamic or ())
     if as_json:
         typer.echo(found.to_json())
     else:
@@ -267,6 +280,7 @@ def split_head(
         Path | None, typer.Option("-o", "--output", metavar="OUT.onnx", help="Write the result as ONNX.")
     ] = None,
     inputs: Inputs = None,
+    dynamic: Dynamic = None,
     head: Annotated[
         str | None,
         typer.Option("--head", metavar="PATH", help="The head's module, as fc; else the last one."),
@@ -282,7 +296,9 @@ def split_head(
     as_json: Json = False,
 ) -> int:
     """Split the features of MODEL's head into those that reach the logits and those that cannot."""
-    found = run.split_head(model, list(inputs or ()), head, keep_head, output, ERR, opset=opset)
+    found = run.split_head(
+        model, list(inputs or ()), head, keep_head, output, ERR, opset=opset, dynamic=dynamic or ()
+    )
     if as_json:
         typer.echo(found.report.to_json())
     else:

@@ -84,6 +84,10 @@ def _check(request: Request) -> None:
             "--save cannot be had with --parts: a model of which only parts are graphs is no exported "
             "program; name a folder by -o for the parts, or save the module in Python (torch.save)."
         )
+    if request.dynamic:
+        raise UsageError(
+            "--dynamic cannot be had with --parts, which frees all sizes of a part that can be free."
+        )
     if request.data is not None:
         raise UsageError("--data cannot be had with --parts; let the factory bring the inputs to run on.")
     folder = request.output

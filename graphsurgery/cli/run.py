@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 import graphsurgery as gs
 from graphsurgery.cli.data import read_data
+from graphsurgery.cli.dynamic import free_sizes
 from graphsurgery.cli.errors import UsageError, first_line, nearest
 from graphsurgery.cli.inputs import example_inputs
 from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
@@ -53,6 +55,7 @@ class Request:
         data_limit: How many samples of it are run at most.
         opset: Opset of the ONNX file; None leaves it to the export.
         cost: What decides: counts, or times where they leave doubt.
+        dynamic: The `--dynamic` options.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Request:
     data_limit: int | None = None
     opset: int | None = None
     cost: Literal["flops", "measured"] = "flops"
+    dynamic: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,14 @@ def optimize(request: Request, console: Console) -> Outcome:
     if request.data is not None and request.verify == "off":
         raise UsageError("--data is for the verification, which --verify off leaves out; leave out one.")
     data = _data(request.data, inputs, loaded, request.model)
+    shapes = free_sizes(request.dynamic, inputs, loaded, request.model)
     with progress(console) as on_event:
         result = gs.optimize(
             loaded.model,
             inputs,
             passes=passes,
             verify=request.verify,
+            dynamic_shapes=shapes,
             on_event=on_event,
             data=data,
             data_limit=request.data_limit,
@@ -142,6 +148,7 @@ def split_head(
     console: Console,
     *,
     opset: int | None = None,
+    dynamic: Sequence[str] = (),
 ) -> Outcome:
     """Split the head of a model, verify the result, and write it.
 
@@ -152,8 +159,9 @@ def split_head(
     check_writable({"-o": output})
     check_opset(opset, output)
     loaded, examples = _load(model, inputs)
+    shapes = free_sizes(dynamic, examples, loaded, model)
     with console.status("splitting") if console.is_terminal else ExitStack():
-        result = gs.split_head(loaded.model, examples, head=head, keep_head=keep_head)
+        result = gs.split_head(loaded.model, examples, head=head, keep_head=keep_head, dynamic_shapes=shapes)
         if output is None:
             return Outcome(result.report, True, ())
         with staged_model(output) as file:
@@ -164,7 +172,7 @@ def split_head(
     return Outcome(result.report, True, (output,))
 
 
-def inspect(model: str, inputs: list[str], console: Console) -> gs.Report:
+def inspect(model: str, inputs: list[str], console: Console, *, dynamic: Sequence[str] = ()) -> gs.Report:
     """Find what could be folded and what refuses.
 
     Raises:
@@ -172,8 +180,9 @@ def inspect(model: str, inputs: list[str], console: Console) -> gs.Report:
         GraphSurgeryError: As raised by the pipeline.
     """
     loaded, examples = _load(model, inputs)
+    shapes = free_sizes(dynamic, examples, loaded, model)
     with progress(console) as on_event:
-        return gs.inspect(loaded.model, examples, on_event=on_event)
+        return gs.inspect(loaded.model, examples, dynamic_shapes=shapes, on_event=on_event)
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,7 @@ def verify(
     *,
     locate: bool = True,
     dynamic_batch: bool = False,
+    dynamic: Sequence[str] = (),
     data: Path | None = None,
     data_limit: int | None = None,
 ) -> Compared:
@@ -225,7 +235,7 @@ def verify(
     options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "data": own, "data_limit": data_limit}
     with console.status("comparing") if console.is_terminal else ExitStack():
         try:
-            programs = _program(sides[0]), _program(sides[1])
+            programs = _freed(sides[0], examples, dynamic, reference), _program(sides[1])
             verdict = gs.verify(*programs, examples, runtimes=runtimes or None, **options)
         except (
             gs.VerificationError
@@ -294,6 +304,15 @@ def _program(side: LoadedModel | Path) -> Any:
     if isinstance(side, Path):
         return side
     return side.model if isinstance(side.model, nn.Module) else side.model.module()
+
+
+def _freed(side: LoadedModel | Path, examples: Any, dynamic: Sequence[str], spec: str) -> Any:
+    """What `gs.verify` takes for the reference, captured with free sizes where they are given."""
+    if not dynamic:
+        return _program(side)
+    if isinstance(side, Path):
+        raise UsageError(f"--dynamic is for a model that is captured, and {spec} is an ONNX file.")
+    return gs.capture(side.model, examples, dynamic_shapes=free_sizes(dynamic, examples, side, spec))
 
 
 def _verified(report: gs.Report) -> bool:

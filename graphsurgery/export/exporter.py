@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from graphsurgery.export.opset import OPSET, OPSET_BFLOAT16, check_opset, declin
 from graphsurgery.export.proof import baseline_of, compare_file, input_names
 from graphsurgery.export.sessions import load_model
 from graphsurgery.export.subtraction import cast_subtrahends
-from graphsurgery.values import EXAMPLE_SHAPE
+from graphsurgery.values import EXAMPLE_SHAPE, named_sizes
 from graphsurgery.verify import Baseline, Inputs, Verdict
 
 __all__ = ["ExportInfo", "ExportResult", "export_onnx", "free_call"]
@@ -96,8 +97,9 @@ def export_onnx(
     Args:
         module: What is exported.
         info: Names, example inputs and whether the batch is dynamic. Then the leading dimension of the inputs
-            is called `batch` in the file; other sizes that `module`, captured, leaves free are called by
-            their input and axis, `image_dim2`; an output with the name of an input, `image_out`.
+            is called `batch` in the file, unless the caller's `Dim` has another name; other sizes that
+            `module`, captured, leaves free are called by their `Dim`, or by their input and axis,
+            `image_dim2`; an output with the name of an input, `image_out`.
         path: The file. An older one is replaced at the end, at once.
         reference: The original module, which onnxruntime's results are compared with; None takes `module`.
         verify: Whether to compare. Without it `verdict` is None, which is not "passed".
@@ -182,7 +184,8 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     linears_as_gemm(model)
     NameFixPass()(model)
     _strip_traces(model)
-    if not name_sizes(model, batched=info.dynamic_batch) and info.dynamic_batch:
+    given = _size_names(module, input_names(info, example) or [], getattr(info, "size_names", {}))
+    if not name_sizes(model, given, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
     return model, notes
 
@@ -276,6 +279,18 @@ def _grown(module: nn.Module, example: Inputs) -> Inputs:
 
 def _hint(size: Any) -> int:
     return int(size.node.hint)
+
+
+def _size_names(
+    module: nn.Module, names: Sequence[str], symbols: Mapping[str, str]
+) -> dict[tuple[str, int], str]:
+    """Return what the free sizes of a captured graph's inputs are called, by the input's name and axis."""
+    if not isinstance(module, fx.GraphModule):
+        return {}
+    nodes = module.graph.find_nodes(op="placeholder")
+    tensors = [isinstance(node.meta.get("val"), Tensor) for node in nodes]
+    sizes = itertools.compress(named_sizes(module.graph, symbols), tensors)
+    return {(name, axis): text for name, own in zip(names, sizes, strict=False) for axis, text in own.items()}
 
 
 def _is_free(size: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir
 
@@ -27,22 +27,31 @@ def file_outputs(inputs: Sequence[str], outputs: Sequence[str]) -> tuple[str, ..
     return tuple(names)
 
 
-def name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
-    """Name the free sizes, everywhere: `batch` if `batched`, others by their input and axis (`image_dim2`).
+def name_sizes(model: onnx_ir.Model, given: Mapping[tuple[str, int], str], *, batched: bool) -> bool:
+    """Name the free sizes, everywhere.
+
+    Args:
+        model: The model.
+        given: What sizes are called, by the input's name and the axis: `height`, or `4*height`.
+        batched: Whether the leading one of the first input is the batch. Without a name of its own it is
+            called `batch`, others by their input and axis (`image_dim2`).
 
     Returns:
         Whether there is a batch: a free leading dimension.
     """
     names: dict[str, str] = {}
     symbols = [
-        (value.name, axis, dim.value)
+        (value.name or "", axis, dim.value)
         for value in model.graph.inputs
         for axis, dim in enumerate(value.shape or ())
         if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and _SYMBOL.match(dim.value)
     ]
     batch = next((symbol for _, axis, symbol in symbols if axis == 0), None) if batched else None
+    for name, axis, symbol in symbols:
+        if (name, axis) in given:
+            names.setdefault(symbol, given[name, axis])
     if batch is not None:
-        names[batch] = "batch"
+        names.setdefault(batch, "batch")
     for name, axis, symbol in symbols:
         names.setdefault(symbol, f"{name}_dim{axis}")
     if names:
@@ -53,6 +62,16 @@ def name_sizes(model: onnx_ir.Model, *, batched: bool) -> bool:
             shape = None if value.shape is None else value.shape.copy()  # some are frozen: of unbind's pieces
             for axis, dim in enumerate(shape or ()):
                 if isinstance(dim, onnx_ir.SymbolicDim) and dim.value and pattern.search(dim.value):
-                    shape[axis] = pattern.sub(lambda found: names[found[0]], dim.value)  # type: ignore[index]
+                    shape[axis] = _renamed(dim.value, pattern, names)  # type: ignore[index]
             value.shape = shape
     return batch is not None
+
+
+def _renamed(size: str, pattern: re.Pattern[str], names: Mapping[str, str]) -> str:
+    """Write a size with other names; `n//4` of `n = 4*height` is `height`."""
+    if size in names:
+        return names[size]
+    if all(_SYMBOL.match(names[symbol]) for symbol in pattern.findall(size)):
+        return pattern.sub(lambda found: names[found[0]], size)
+    text = pattern.sub(lambda found: f"({names[found[0]]})", size)
+    return onnx_ir.SymbolicDim(text).simplify().value or text

@@ -14,6 +14,7 @@ from graphsurgery.graph import capture_info
 from graphsurgery.report.model import SCHEMA_VERSION, Captured, Figures, Report, TensorSpec
 from graphsurgery.rewrite.contracts import Pass
 from graphsurgery.rewrite.records import ManagerResult
+from graphsurgery.values import size_text
 
 __all__ = ["build_report", "figures"]
 
@@ -37,8 +38,8 @@ def build_report(
         model=info.model_name,
         captured=Captured(
             dynamic_batch=info.dynamic_batch,
-            inputs=_specs(info.input_names, inputs),
-            outputs=_specs(info.output_names, outputs),
+            inputs=_specs(info.input_names, inputs, info.size_names),
+            outputs=_specs(info.output_names, outputs, info.size_names),
             notes=info.notes,
         ),
         passes=tuple(item.name for item in passes),
@@ -59,13 +60,15 @@ def figures(gm: fx.GraphModule) -> Figures:
     return Figures(layer_counts(gm), cost.nodes, cost.params, cost.macs, cost.flops)
 
 
-def _specs(names: Sequence[str], values: Sequence[Any]) -> tuple[TensorSpec, ...]:
+def _specs(
+    names: Sequence[str], values: Sequence[Any], size_names: Mapping[str, str]
+) -> tuple[TensorSpec, ...]:
     found = []
     for index, value in enumerate(values):
         name = names[index] if index < len(names) else str(index)
         val = value.meta.get("val") if isinstance(value, fx.Node) else value
         if isinstance(val, torch.Tensor):
-            sizes = tuple(str(size) for size in val.shape)
+            sizes = tuple(size_text(size, size_names) for size in val.shape)
             found.append(TensorSpec(name, sizes, str(val.dtype).removeprefix("torch.")))
         else:
             found.append(TensorSpec(name, (), type(val).__name__))

@@ -38,7 +38,11 @@ class Extra:
     def at_other_sizes(self, axes: SizeAxes, seed: int) -> None:
         """Run noise at two or three other sizes, the first ones of each kind that are taken."""
         for slot in size_runs(self.example, axes, seed):
-            for batch in slot:
+            held = [batch for batch in slot if self.accepts is None or self.accepts(batch.inputs)]
+            if not held:
+                tried = "; ".join(batch.cases[0] for batch in slot)
+                self.notes.append(f"not compared on {tried}: the graph does not hold for these sizes")
+            for batch in held:
                 if self._answered(batch):
                     break
 

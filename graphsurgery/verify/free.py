@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from graphsurgery.graph import INFO_KEY
+from graphsurgery.values import named_sizes
 from graphsurgery.verify.baseline import Baseline
 from graphsurgery.verify.data import Data
 from graphsurgery.verify.inputs import Inputs, as_inputs
@@ -114,9 +116,13 @@ def _declared(program: object, example: Inputs) -> list[tuple[int | str | None, 
     except KeyError:  # called with other arguments than it was captured with
         return None
     shapes: list[tuple[int | str | None, ...]] = [()] * count
-    for index, (_, kind, sizes) in zip(order, codegen.rules.inputs, strict=False):
+    module: Any = program.module if isinstance(program, TorchRunner) else program
+    made_of = named_sizes(module.graph, getattr(module.meta.get(INFO_KEY), "size_names", {}))
+    for index, (_, kind, sizes), made in zip(order, codegen.rules.inputs, made_of, strict=False):
         if kind not in ("number", "fixed", "any"):
-            shapes[index] = tuple(_FIXED if size is None else size for size in sizes)
+            shapes[index] = tuple(
+                made.get(axis, _FIXED) if size is None else size for axis, size in enumerate(sizes)
+            )
     return [shape for shape, leaf in zip(shapes, example.leaves(), strict=True) if isinstance(leaf, Tensor)]
 
 

@@ -2,12 +2,13 @@
 
 Up to three runs: all free sizes smaller, all larger, and, where there are two or more, some smaller and some
 larger (a swap of height and width shows there). Odd sizes come first, as rounding of halves shows there;
-where the reference refuses them, half and twice the example's size are tried, which networks take that
-halve their maps again and again.
+where they are refused, half and twice the example's size are tried, which networks take that halve their maps
+again and again, and each one less by one, which may be all that a range allows.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from graphsurgery.errors import VerificationError
 from graphsurgery.verify.inputs import Batch, Inputs, filled
 
 __all__ = ["SizeAxes", "merged_axes", "resized", "size_axes_of", "size_runs"]
+
+_LINEAR = re.compile(r"(?:(?P<factor>\d+)\*)?(?P<name>[A-Za-z_]\w*)(?: ?\+ ?(?P<offset>\d+))?")
 
 SizeAxes = Mapping[str, Sequence[tuple[int, int, int, int]]]
 """Free sizes by name: the axes that each one sets, as leaf, axis (-1 for a number), factor and offset."""
@@ -65,8 +68,9 @@ def merged_axes(example: Inputs, declared: Sequence[Sequence[tuple[int | str | N
 
     Args:
         example: The example inputs.
-        declared: For each program the shapes of its inputs: numbers, names of free sizes, or None for a free
-            size without a name. One that has other inputs than the example is left aside.
+        declared: For each program the shapes of its inputs: numbers, names of free sizes (`height`, or
+            `4*height + 1` of a size that is made of one), or None for a free size without a name. One that
+            has other inputs than the example is left aside.
     """
     leaves = example.leaves()
     tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -80,14 +84,28 @@ def merged_axes(example: Inputs, declared: Sequence[Sequence[tuple[int | str | N
             if not names or any(isinstance(name, int) or name in batches for name in names):
                 continue
             # Without names, sizes that are equal in the example may have to be.
-            own = next((name for name in names if name), f"size {leaves[index].shape[axis]}")
-            found.setdefault(str(own), []).append((index, axis, 1, 0))
+            size = leaves[index].shape[axis]
+            own = [_made_of(name) for name in names if isinstance(name, str)] or [(f"size {size}", 1, 0)]
+            name, factor, offset = max(own, key=lambda made: made[1:])  # what the strictest program takes
+            found.setdefault(name, []).append((index, axis, factor, offset))
     # One name for axes that differ in the example is another program's word for something else.
     return {
         name: places
         for name, places in found.items()
-        if len({leaves[leaf].shape[axis] for leaf, axis, *_ in places}) == 1
+        if len({_base(leaves[leaf].shape[axis], *made) for leaf, axis, *made in places}) == 1
     }
+
+
+def _made_of(text: str) -> tuple[str, int, int]:
+    """Return name, factor and offset of `4*height + 1`; any other text is a name."""
+    made = _LINEAR.fullmatch(text)
+    return (
+        (text, 1, 0) if made is None else (made["name"], int(made["factor"] or 1), int(made["offset"] or 0))
+    )
+
+
+def _base(size: int, factor: int, offset: int) -> float:
+    return (size - offset) / factor
 
 
 def resized(
@@ -127,6 +145,7 @@ def size_runs(example: Inputs, axes: SizeAxes, seed: int = 0) -> list[list[Batch
         return []
     small = [{name: _odd_below(size) for name, size in base.items()}]
     small += [{name: max(1, size // 2) for name, size in base.items()}]
+    small += [base | {name: size - 1} for name, size in base.items() if size > 1]
     large = [{name: (size + max(2, size // 4)) | 1 for name, size in base.items()}]
     large += [{name: 2 * size for name, size in base.items()}]
     mixed = [

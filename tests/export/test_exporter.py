@@ -263,6 +263,23 @@ def test_sizes_that_were_made_free_stay_free(tmp_path: Path, batch: Any) -> None
     assert verdict.ok, str(verdict)
 
 
+def test_sizes_have_the_names_that_the_caller_gave(tmp_path: Path) -> None:
+    n, h = Dim("n"), Dim("h")
+    shapes = {"picture": {0: n, 2: 2 * h + 1, 3: Dim("width", min=5)}, "mask": {1: Dim("n_mask")}}
+    file = tmp_path / "out.onnx"
+    gs.optimize(
+        Picture().eval(), (torch.randn(2, 3, 9, 11), torch.rand(3, 4)), dynamic_shapes=shapes
+    ).export_onnx(file)
+    graph = load_model(file).graph
+    named = [
+        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    ]
+    assert named[:2] == [["n", 3, "2*h + 1", "width"], [3, "n_mask"]]
+    assert named[2][:3] == ["n", 5, "h"]
+    assert "width" in named[2][3]
+
+
 def test_no_source_path_is_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "out.onnx"
     gs.optimize(Picture().eval(), (image(), torch.rand(3, 4))).export_onnx(file)

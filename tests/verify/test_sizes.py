@@ -91,7 +91,7 @@ def test_tokens_and_mask_keep_one_length() -> None:
     example = as_inputs({"ids": ids, "mask": mask})
     axes = size_axes_of(example, {"ids": {1: Dim("t")}, "mask": {1: Dim("t")}})
     slots = size_runs(example, axes)
-    assert [len(slot) for slot in slots] == [1, 2]
+    assert [len(slot) for slot in slots] == [2, 2]
     for slot in slots:
         for batch in slot:
             leaves = batch.inputs.leaves()
@@ -105,12 +105,47 @@ def test_the_sizes_that_are_tried() -> None:
     axes = size_axes_of(example, {0: {2: "h", 3: "w"}})
     slots = [[batch.cases[0] for batch in slot] for slot in size_runs(example, axes)]
     assert slots == [
-        ["h=25, w=7", "h=20, w=6"],
+        ["h=25, w=7", "h=20, w=6", "h=39, w=12", "h=40, w=11"],
         ["h=51, w=15", "h=80, w=24"],
         ["h=51, w=7", "h=80, w=6", "h=80, w=12"],
     ]
     (small, large) = size_runs(as_inputs(torch.zeros(2, 2)), {"n": [(0, 1, 1, 0)]})
     assert [[b.cases[0] for b in slot] for slot in (small, large)] == [["n=1"], ["n=5", "n=4"]]
+
+
+def test_sizes_made_of_a_free_one_are_tried_at_its_multiples() -> None:
+    example = as_inputs((torch.zeros(2, 3, 8, 13), torch.zeros(2, 3)))
+    declared = [("batch", 3, "4*h", "4*w + 1"), ("batch", "w")]
+    axes = merged_axes(example, [declared])
+    assert axes == {"h": [(0, 2, 4, 0)], "w": [(0, 3, 4, 1), (1, 1, 1, 0)]}
+    shapes = [[leaf.shape for leaf in slot[0].inputs.leaves()] for slot in size_runs(example, axes)]
+    assert shapes[1] == [(2, 3, 20, 21), (2, 5)]
+    # where two programs tell, by the one that takes less
+    plain = [("n", 3, "x_dim2", "x_dim3"), ("n", "x_dim3")]
+    assert merged_axes(example, [plain, declared])["h"] == [(0, 2, 4, 0)]
+
+
+def test_ranges_and_multiples_of_the_caller_are_kept_to() -> None:
+    shapes = ({2: 4 * Dim("h"), 3: Dim("width", min=9, max=64)},)
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.BatchNorm2d(4)).eval()
+    result = gs.optimize(model, picture(), dynamic_shapes=shapes)
+    assert result.report.captured.inputs[0].shape == ("2", "3", "4*h", "width")
+    assert result.report.captured.outputs[0].shape[2] == "h"
+    verdict = result.report.verification
+    assert verdict is not None
+    assert verdict.sizes == ("h=2, width=10", "h=5, width=13", "h=6, width=10")
+    assert not verdict.notes
+
+
+def test_sizes_that_no_run_holds_for_are_one_note() -> None:
+    shapes = ({2: Dim("h", min=12, max=13)},)
+    verdict = gs.optimize(nn.ReLU(), picture(), dynamic_shapes=shapes).report.verification
+    assert verdict is not None
+    assert verdict.sizes == ()
+    assert [note for note in verdict.notes if "does not hold" in note] == [
+        "not compared on h=7; h=6; h=11: the graph does not hold for these sizes",
+        "not compared on h=15; h=24: the graph does not hold for these sizes",
+    ]
 
 
 @pytest.mark.parametrize(
