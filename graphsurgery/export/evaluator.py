@@ -24,8 +24,9 @@ _LOW = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _NUMPY_EPS = {TensorProto.FLOAT: 2.0**-23, TensorProto.FLOAT16: 2.0**-10, TensorProto.DOUBLE: 2.0**-52}
 _LARGEST_PROTO = 2**31 - 1
 _MAX_MACS = 2e8
-_SHAPE_NUMBERS = 64  # constants that may be shapes are not larger
 """Multiplications up to which the reference evaluator, which is plain numpy, answers within seconds."""
+_SHAPE_NUMBERS = 64
+"""Numbers in a constant that may be a shape; what is larger is left out where only shapes are asked for."""
 
 
 class Evaluator:

@@ -15,7 +15,8 @@ __all__ = ["linears_as_gemm"]
 def linears_as_gemm(model: onnx_ir.Model) -> int:
     """Write `MatMul` with a constant matrix and the `Add` of a constant bias as one `Gemm`, in place.
 
-    Left alone are products with two free sizes or more, since a view leaves one to be worked out.
+    Left alone are products with two free sizes or more, since a view leaves one to be worked out, and those
+    with a size of zero, which a view takes for "as it was".
 
     Args:
         model: What torch's exporter made.
@@ -74,7 +75,7 @@ def _linear(add: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Va
         if x.shape is None or len(x.shape) < 3:
             continue
         sizes = [size if isinstance(size, int) else -1 for size in x.shape[:-1]]
-        if sizes.count(-1) > 1 or (-1 in sizes and 0 in sizes):
+        if sizes.count(-1) > 1 or 0 in (*sizes, *matrix):
             continue
         return x, weight, bias, sizes
     return None

@@ -7,6 +7,8 @@ onnxruntime takes into the product behind it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -52,7 +54,30 @@ def _keys(last: onnx_ir.Node) -> onnx_ir.Value | None:
     perm, keys = middle.attributes.get("perm"), first.inputs[0]
     if perm is None or list(perm.as_ints()) != [0, 2, 1]:
         return None
-    return keys if keys is not None and keys.shape is not None and len(keys.shape) == 4 else None
+    if keys is None or keys.shape is None or len(keys.shape) != 4:
+        return None
+    batch, heads, length, width = keys.shape
+    own = _sizes_of(first.inputs[1], keys, [-1, length, width])
+    return keys if own and _sizes_of(last.inputs[1], keys, [batch, heads, width, length]) else None
+
+
+def _sizes_of(sizes: onnx_ir.Value | None, keys: onnx_ir.Value, wanted: Sequence[object]) -> bool:
+    """Whether a view is to the sizes of these keys.
+
+    The exporter's optimiser makes one view of two, and then what is viewed is not the keys but what a user's
+    own view made them of.
+    """
+    tensor = onnx_ir.convenience.get_const_tensor(sizes) if sizes is not None else None
+    if tensor is not None:
+        return bool(tensor.numpy().tolist() == list(wanted))
+    waiting, read = [sizes], set()
+    while waiting:
+        made = value.producer() if (value := waiting.pop()) is not None else None
+        if made is not None and made.op_type == "Shape":
+            read.add(made.inputs[0])
+        elif made is not None:
+            waiting += made.inputs
+    return read == {keys}
 
 
 def _before(node: onnx_ir.Node | None, op_type: str) -> onnx_ir.Node | None:

@@ -117,7 +117,10 @@ def _failing(baseline: Baseline, verdict: Verdict | None) -> tuple[str, Inputs]:
     """Return the run in which a candidate differs most: the cases in it, and its inputs."""
     failed = [output for output in verdict.outputs if not output.ok] if verdict else []
     sides = [side for output in failed for side in (output.native, output.float64) if side and not side.ok]
-    case = sides[0].worst_case if sides else baseline.batches[0].cases[0]
+    named = [side.worst_case for side in sides] + [
+        output.differs_on for output in failed if output.differs_on
+    ]
+    case = named[0] if named else baseline.batches[0].cases[0]
     batch = next((batch for batch in baseline.batches if case in batch.cases), baseline.batches[0])
     return ", ".join(batch.cases), batch.inputs
 
@@ -129,6 +132,7 @@ def _on(verdict: OutputVerdict, case: str) -> OutputVerdict:
         reason=verdict.reason.replace(repr(CASES[0]), repr(case)),
         native=replace(verdict.native, worst_case=case) if verdict.native else None,
         float64=replace(verdict.float64, worst_case=case) if verdict.float64 else None,
+        differs_on=case if verdict.differs_on else "",
     )
 
 

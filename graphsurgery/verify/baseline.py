@@ -180,7 +180,7 @@ class Baseline:
         """
         runner = runner_for(candidate)
         verdict = judge(self, runner)
-        if self.draws < _DRAWS and any(not output.within_noise for output in verdict.outputs):
+        if self.draws < _DRAWS and any(o.mismatches or not o.within_noise for o in verdict.outputs):
             self._draw_again()
             verdict = judge(self, runner)
         if any(not output.within_noise for output in verdict.outputs):
@@ -305,9 +305,8 @@ class Baseline:
                 f"{self.runner.name} cannot be run with its data moved, so the bound holds little more than "
                 "the rounding of its own run"
             )
-        if not all(output.is_float for output in self.outputs):
-            for draw in range(max(2, self.draws)):
-                self._nudge(_SEED_OF_NOISE + 100 + draw, _DECISION_ULPS, integers=True)
+        for draw in range(max(2, self.draws)):
+            self._nudge(_SEED_OF_NOISE + 100 + draw, _DECISION_ULPS, integers=True)
 
     def _draw_again(self) -> None:
         """Measure the noise on as many draws as that of a small model.
@@ -320,6 +319,7 @@ class Baseline:
         few = f"{before} draw{'s' if before > 1 else ''}"
         for draw in range(before, _DRAWS):
             self._nudge(_SEED_OF_NOISE + draw, 1.0)
+            self._nudge(_SEED_OF_NOISE + 100 + draw, _DECISION_ULPS, integers=True)
         if any(output.stored is not None for output in self.outputs):
             self._draw_stored(range(before, _DRAWS))
         self.notes.append(f"by the noise of {few} a candidate differed, so it was measured on {_DRAWS}")
@@ -327,7 +327,7 @@ class Baseline:
     def _nudge(self, seed: int, ulps: float, *, integers: bool = False) -> bool:
         """Take one nudged run of the reference into the noise; return whether it could be run."""
         runner = self.runner.nudged(seed, ulps) if isinstance(self.runner, ReferenceRunner) else None
-        if runner is None:
+        if runner is None or (integers and all(output.is_float for output in self.outputs)):
             return False
         try:
             found = [runner.run(nudge_inputs(batch.inputs, ulps, seed)) for batch in self.batches]

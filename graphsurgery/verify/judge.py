@@ -171,16 +171,16 @@ def _judge_output(
     if verdict.elements == 0:
         return dataclasses.replace(verdict, reason="no values: only shape and dtype were compared")
     if not output.is_float:
-        return _judge_integers(verdict, output, values)
+        return _judge_integers(baseline, verdict, output, values)
     yardstick = output.yardstick
     if yardstick is None:  # pragma: no cover - every float output has one
         raise RuntimeError(f"output {output.name!r} has no measured noise")
     verdict = dataclasses.replace(
         verdict, nan=sum(int(v.isnan().sum()) for v in values), inf=sum(int(v.isinf().sum()) for v in values)
     )
-    misplaced = _misplaced(output, values)
+    misplaced, case = _misplaced(baseline, output, values)
     if misplaced:
-        return dataclasses.replace(verdict, ok=False, reason=misplaced)
+        return dataclasses.replace(verdict, ok=False, reason=misplaced, differs_on=case)
     lost, _ = _overflown(output, values)
     if lost and lost == sum(int(anchor.isfinite().sum()) for anchor in output.anchor):
         reason = (
@@ -263,8 +263,15 @@ def _kinds(value: Tensor) -> Tensor:
 _KIND_NAMES = ("a finite value", "NaN", "+inf", "-inf")
 
 
-def _misplaced(output: Output, values: list[Tensor]) -> str:
-    """Return where NaN or infinity do not agree with the reference; "" if they do.
+def _case(baseline: Baseline, value: Tensor, run: int, index: tuple[int, ...]) -> str:
+    """Return the case that a place in the output of a run belongs to."""
+    batch = baseline.batches[run]
+    rows = batch.stacked and value.ndim > 0 and value.shape[0] == len(batch.cases)
+    return batch.cases[index[0] if rows else 0]
+
+
+def _misplaced(baseline: Baseline, output: Output, values: list[Tensor]) -> tuple[str, str]:
+    """Return where NaN or infinity do not agree with the reference, and in which case; "" if they do.
 
     Where only the reference's own dtype overflowed (the anchor is finite), the candidate may or may not, but
     not to the other side.
@@ -277,13 +284,13 @@ def _misplaced(output: Output, values: list[Tensor]) -> str:
             free = free & (~aside | output.native[run].isnan())
         wrong = (got != anchor) & (got != native) & ~free
         if bool(wrong.any()):
-            index = [int(i) for i in wrong.nonzero()[0]]
-            spot = tuple(index)
+            spot = tuple(int(i) for i in wrong.nonzero()[0])
+            case = _case(baseline, value, run, spot)
             return (
                 f"{int(wrong.sum())} values differ in kind: got {_KIND_NAMES[int(got[spot])]} where the "
-                f"reference has {_KIND_NAMES[int(native[spot])]}, first at {index}"
-            )
-    return ""
+                f"reference has {_KIND_NAMES[int(native[spot])]}, first at {list(spot)} on {case!r}"
+            ), case
+    return "", ""
 
 
 def _overflown(output: Output, values: list[Tensor]) -> tuple[int, int]:
@@ -295,16 +302,20 @@ def _overflown(output: Output, values: list[Tensor]) -> tuple[int, int]:
     return lost, sum(int((mask & value.isnan()).sum()) for mask, value in pairs)
 
 
-def _judge_integers(verdict: OutputVerdict, output: Output, values: list[Tensor]) -> OutputVerdict:
+def _judge_integers(
+    baseline: Baseline, verdict: OutputVerdict, output: Output, values: list[Tensor]
+) -> OutputVerdict:
     undecided = sum(int(mask.sum()) for mask in output.undecided)
-    mismatches, first = 0, ""
+    mismatches, first, case = 0, "", ""
     for run, value in enumerate(values):
         wrong = (value != output.anchor[run]) & ~output.undecided[run]
         mismatches += int(wrong.sum())
         if not first and bool(wrong.any()):
             index = tuple(int(i) for i in wrong.nonzero()[0])
+            case = _case(baseline, value, run, index)
             first = f"got {value[index].item()}, expected {output.anchor[run][index].item()} at {list(index)}"
-    verdict = dataclasses.replace(verdict, mismatches=mismatches, undecided=undecided)
+            first += f" on {case!r}"
+    verdict = dataclasses.replace(verdict, mismatches=mismatches, undecided=undecided, differs_on=case)
     if mismatches:
         reason = f"{mismatches} of {verdict.elements} values differ that rounding does not decide: {first}"
         return dataclasses.replace(verdict, ok=False, reason=reason)

@@ -74,6 +74,8 @@ class OutputVerdict:
         inf: Infinite values in the candidate's output.
         top1_checked: Rows of a (batch, classes) output whose margin exceeds the allowed error.
         top1_agreed: Rows of these in which both have the same greatest class.
+        differs_on: Case of the first value that differs in kind (NaN, infinity), or of the first integer or
+            boolean that does; "" where there is none, as floats say it in `worst_case`.
     """
 
     name: str
@@ -90,10 +92,11 @@ class OutputVerdict:
     inf: int = 0
     top1_checked: int = 0
     top1_agreed: int = 0
+    differs_on: str = ""
 
     @property
     def within_noise(self) -> bool:
-        """Whether no comparison of it found more than the factor allows."""
+        """Whether no comparison of its floats found more than the factor allows."""
         return all(comparison.ok for comparison in (self.native, self.float64) if comparison is not None)
 
     @property

@@ -110,6 +110,9 @@ def test_products_of_integers_stay(tmp_path: Path) -> None:
     """onnxruntime has no Gemm of integers."""
 
     class Counts(nn.Module):
+        weight: Tensor
+        shift: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("weight", torch.arange(12).view(4, 3))
@@ -123,3 +126,29 @@ def test_products_of_integers_stay(tmp_path: Path) -> None:
     assert done.verdict is not None
     assert done.verdict.ok
     assert torch.equal(run(tmp_path / "counts.onnx", x), model(x))
+
+
+def test_sizes_of_zero_keep_the_product(tmp_path: Path) -> None:
+    """A view takes a zero for the size that was there, and cannot work one out beside a zero."""
+
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_none, self.to_none = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.empty(6, 0))
+            self.shift, self.nothing = (
+                nn.Parameter(torch.tensor([1.0, 2.0, 3.0])),
+                nn.Parameter(torch.empty(0)),
+            )
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            shifted = x[..., :0].tanh() @ self.of_none + self.shift
+            return shifted.relu(), torch.cat([x.sin() @ self.to_none + self.nothing, x], -1)
+
+    done = gs.optimize(Empty().eval(), torch.randn(2, 4, 6)).export_onnx(tmp_path / "empty.onnx")
+    assert done.verdict is not None
+    assert done.verdict.ok
+    assert "Gemm" not in node_counts(tmp_path / "empty.onnx")
+    session = OnnxSession(tmp_path / "empty.onnx")
+    shifted, same = session.run({session.input_names[0]: torch.ones(3, 4, 6)}).values()
+    assert torch.equal(shifted, torch.tensor([1.0, 2.0, 3.0]).expand(3, 4, 3))
+    assert torch.equal(same, torch.ones(3, 4, 6))

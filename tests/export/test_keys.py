@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graphsurgery as gs
-from graphsurgery.export import OnnxSession, exporter, node_counts
+from graphsurgery.export import OnnxSession, exporter, keys, node_counts
 
 
 class Attention(nn.Module):
@@ -68,15 +69,38 @@ def test_the_file_has_one_transposition_and_computes_the_same(
     torch.testing.assert_close(found, model(*given), rtol=1e-5, atol=1e-6)  # float32 on another runtime
 
 
-def test_keys_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
-    """The same calls, written by hand: what they are for is not known."""
+@pytest.mark.parametrize("sizes", [(2, 1, 12, 8), (3, 2, 4, 8), (6, 4, 2, 4)], ids=str)
+def test_keys_that_the_user_has_viewed_are_not_mistaken(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """The exporter makes one view of the user's and its own, which then reads what are no keys yet."""
 
-    class Own(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            flat = x.reshape(-1, x.shape[2], x.shape[3]).relu().transpose(1, 2)
-            return flat.reshape(x.shape[0], x.shape[1], x.shape[3], x.shape[2])
+    class Viewed(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            viewed = k.relu().reshape(2, 3, 4, 8)
+            return nn.functional.scaled_dot_product_attention(q.relu(), viewed, v.relu()).tanh()
 
-    result = gs.optimize(Own(), torch.randn(2, 3, 4, 5))
-    result.export_onnx(tmp_path / "own.onnx")
-    graph = onnx.load(tmp_path / "own.onnx").graph
-    assert [0, 1, 3, 2] not in [list(n.attribute[0].ints) for n in graph.node if n.op_type == "Transpose"]
+    g = torch.Generator().manual_seed(4)
+    given = tuple(torch.randn(shape, generator=g) for shape in ((2, 3, 5, 8), sizes, (2, 3, 4, 8)))
+    result = gs.optimize(Viewed(), given, verify="off", dynamic_shapes=(None, None, None))
+    done = result.export_onnx(tmp_path / "viewed.onnx")
+    assert done.verdict is not None
+    assert done.verdict.ok
+    session = OnnxSession(tmp_path / "viewed.onnx")
+    (found,) = session.run(dict(zip(session.input_names, given, strict=True))).values()
+    torch.testing.assert_close(found, Viewed()(*given), rtol=1e-5, atol=1e-6)  # as above
+
+
+def test_the_same_nodes_of_unknown_origin_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written by hand: what it is for is not known."""
+    changed: list[int] = []
+
+    def without_origins(model: onnx_ir.Model) -> int:
+        for node in model.graph.all_nodes():
+            node.metadata_props.clear()
+        changed.append(keys.transpose_keys(model))
+        return changed[-1]
+
+    monkeypatch.setattr(exporter, "transpose_keys", without_origins)
+    gs.optimize(Attention().eval(), inputs(), verify="off").export_onnx(tmp_path / "own.onnx", verify=False)
+    assert changed == [0]

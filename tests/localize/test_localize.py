@@ -283,6 +283,34 @@ def test_a_step_between_is_blamed_before_the_file(net: Net) -> None:
         gs.localize(net, wrong, image(), runtimes=["tensorrt"])
 
 
+class Limit(nn.Module):
+    """Counts, or logarithms, that hang on a limit which only large inputs come near."""
+
+    def __init__(self, limit: float, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.limit, self.kind = nn.Linear(6, 5), limit, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return (y.abs() > self.limit).long() if self.kind == "long" else (self.limit - y.abs()).log()
+
+
+@pytest.mark.parametrize(("kind", "op"), [("long", "gt"), ("float", "rsub")])
+def test_a_difference_in_another_case_than_the_example_is_found_there(kind: str, op: str) -> None:
+    """Integers, NaN and infinity have no error to compare, but a case in which they differ."""
+    right, wrong = (Limit(limit, kind).eval() for limit in (1e9, 200.0))
+    x = image(2, 6)
+    verdict = gs.verify(right, wrong, x)
+    assert not verdict.ok
+    assert verdict.outputs[0].differs_on == "large"
+    found = gs.localize(right, wrong, x)
+    assert found.case == "large"
+    assert found.first is not None
+    assert found.first.op == op, str(found)
+    assert "'large'" in found.reason
+
+
 def test_weights_of_one_and_elu() -> None:
     """Correct networks whose outputs differ by over 100 are equal; with one weight off the layer is named."""
     layers = []

@@ -402,7 +402,8 @@ def test_one_value_of_another_kind_is_named(right: float, wrong: float) -> None:
     assert verdict.ok == (words.get(right, "NaN") == words.get(wrong, "NaN"))
     if not verdict.ok:
         said = f"2 values differ in kind: got {words.get(wrong, 'NaN')} where the reference has "
-        assert f"{said}{words.get(right, 'NaN')}, first at [0, 242]" in verdict.reason
+        assert f"{said}{words.get(right, 'NaN')}, first at [0, 242] on 'example'" in verdict.reason
+        assert verdict.outputs[0].differs_on == "example"
 
 
 def test_overflow_of_the_reference_alone_is_no_difference() -> None:
@@ -442,6 +443,36 @@ def test_integer_outputs_are_equal_where_rounding_does_not_decide() -> None:
     assert not verdict.ok
     assert verdict.outputs[0].mismatches > 0
     assert "values differ that rounding does not decide" in verdict.reason
+    assert verdict.outputs[0].differs_on == "example"
+    assert verdict.reason.endswith("on 'example'")
+
+
+class Tie(nn.Module):
+    """Which of two sums of the same numbers is the greater, as rounding tells."""
+
+    def __init__(self, *, turned: bool, wrong: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64, generator=torch.Generator().manual_seed(1)))
+        self.turned, self.wrong = turned, wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = x * self.weight
+        sums = [p[..., :32].sum(-1) + p[..., 32:].sum(-1), p[..., ::2].sum(-1) + p[..., 1::2].sum(-1)]
+        greater = torch.stack(sums[::-1] if self.turned else sums, -1).argmax(-1)
+        return 1 - greater if self.wrong else greater
+
+
+def test_integers_that_few_draws_leave_decided_are_drawn_again() -> None:
+    x = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    baseline = Baseline(Tie(turned=False), x, dynamic_batch=True, draws=1)
+    few = sum(int(mask.sum()) for mask in baseline.outputs[0].undecided)
+    verdict = baseline.compare(Tie(turned=True))
+    assert verdict.ok, str(verdict)
+    assert verdict.outputs[0].undecided > few
+    assert any("measured on 6" in note for note in verdict.notes)
+    wrong = baseline.compare(Tie(turned=False, wrong=True))
+    assert not wrong.ok
+    assert wrong.outputs[0].mismatches > 0
 
 
 def test_an_argmax_near_a_tie_is_no_failure() -> None:
