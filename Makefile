@@ -4,6 +4,7 @@ VENV   ?= .venv
 JOBS   ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+USABLE := $(VENV)/.usable
 CODE   := graphsurgery tests examples benchmarks
 # One thread per test process: the processes share the cores, and results do not depend on the thread count.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -14,14 +15,21 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help: ## Show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml
+$(USABLE): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@echo "installing torch and what the examples need into $(VENV): some minutes"
+	$(BIN)/python -m pip install -qq --editable '.[examples]'
 	touch $@
 
-install: $(STAMP) ## Make .venv and install graphsurgery with all its extras (editable)
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and what tests and benchmarks need into $(VENV): some minutes"
+	$(BIN)/python -m pip install -qq --editable '.[dev]'
+	touch $(USABLE) $@
 
-demo: $(STAMP) ## Optimise the trained digits network, export it and compare accuracies
+install: $(STAMP) ## Make .venv and install graphsurgery with what tests, benchmarks and lint need (editable)
+
+demo: $(USABLE) ## Optimise the trained digits network, export it and compare accuracies
 	$(BIN)/python examples/digits/demo.py
 
 test: $(STAMP) ## Run the tests (sweeps excluded)

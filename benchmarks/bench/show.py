@@ -173,7 +173,7 @@ def _latency_table(lines: Sequence[Line], setting: tuple[int, int]) -> str:
             rows.append([name, f"{statistics.median(line['ms'][PLAIN]):.2f}", *cells])
             rows[-1] += [_inductor(torch.get(name))] if torch else []
     foldable = [name for group, names in groups.items() if group != STAYS for name in names]
-    means = {f"*{group}*": names for group, names in groups.items()}
+    means = {f"*{group}* ({len(names)})": names for group, names in groups.items()}
     means["**all that can be folded**"] = foldable
     if STAYS in groups:
         means["**all**"] = [*foldable, *groups[STAYS]]

@@ -49,7 +49,8 @@ class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         nudger: Moves the constants that are no parameters (tensors of lower precision, numbers in sums and
-            products), as storing them in their dtype, or in float32, may have done; None leaves them exact.
+            products), as storing them, or what is made of them (6 + 0.1), in their dtype or in float32 may
+            have done; None leaves them exact.
     """
 
     def __init__(self, nudger: Nudger | None = None) -> None:
@@ -64,8 +65,11 @@ class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._nudger is not None:
-            numbers = func.overloadpacket.__name__ in _ARITHMETIC
-            args = pytree.tree_map(lambda value: self._nudge(value, numbers), args)
+            # A number beside integers alone would make floats of them.
+            numbers = func.overloadpacket.__name__ in _ARITHMETIC and any(
+                isinstance(value, Tensor) and value.is_floating_point() for value in args
+            )
+            args, kwargs = pytree.tree_map(lambda value: self._nudge(value, numbers), (args, kwargs or {}))
         args, kwargs = pytree.tree_map(promote, (args, kwargs or {}))
         return pytree.tree_map(promote, func(*args, **kwargs))
 
@@ -75,7 +79,7 @@ class Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if isinstance(value, Tensor) and value.dtype in _TO_DOUBLE and value.is_floating_point():
             return self._nudger(value.double(), torch.finfo(value.dtype).eps)
-        if numbers and isinstance(value, float):
+        if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(self._nudger(torch.tensor(value, dtype=torch.float64), _FLOAT32_EPS))
         return value
 

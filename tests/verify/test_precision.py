@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import graphsurgery as gs
 from graphsurgery.verify.inputs import as_inputs
 from graphsurgery.verify.precision import (
     Float64Mode,
@@ -18,6 +19,16 @@ from graphsurgery.verify.precision import (
     to_float64,
     uses_low_precision,
 )
+
+
+class Shifted(nn.Module):
+    def __init__(self, shift: float = 3) -> None:
+        super().__init__()
+        self.shift = shift
+        self.place = nn.Parameter(torch.tensor([-0.0064, 0.3, 0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.shift, alpha=2) + self.place
 
 
 class AsksForFloat32(nn.Module):
@@ -49,6 +60,26 @@ def test_float64_mode_reaches_casts_constants_and_factories() -> None:
     assert got.dtype == torch.float64
     # the same float64 program, with kernels that may add in another order
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_integers_that_are_added_to_floats_are_moved_and_those_of_integers_are_not() -> None:
+    x, whole = torch.zeros(4, dtype=torch.float64), torch.arange(4)
+    with Float64Mode(Nudger(0, 0.5)):
+        moved, scaled, of_integers = torch.add(x, 3, alpha=2), (x + 1) * 7, whole * 3 + 1
+    assert 0 < float((moved - 6).abs().max()) < 6 * 2.0**-23
+    assert 0 < float((scaled - 7).abs().max()) < 7 * 2.0**-22
+    assert torch.equal(of_integers, torch.arange(4) * 3 + 1)
+    assert of_integers.dtype == torch.int64
+
+
+def test_a_number_merged_into_a_small_parameter_is_rounding() -> None:
+    """6 + 0.01 in float32 is off by more than storing 0.01 is; at x = 0 nothing else is."""
+    result = gs.optimize(Shifted().eval(), torch.randn(2, 3))
+    assert [change.kind for change in result.report.changes] == ["add+add"]
+    assert not result.report.failures
+    verdict = gs.verify(Shifted(), Shifted(3 + 1.5e-6), torch.randn(2, 3))
+    assert not verdict.ok
+    assert "cast to float64" in verdict.reason
 
 
 def test_float64_mode_moves_constants_that_are_no_parameters() -> None:
