@@ -62,7 +62,10 @@ def survey(entry: Entry, tell: Tell, *, export: bool = True) -> None:
 
 
 def latency(entry: Entry, tell: Tell) -> None:
-    """Milliseconds on onnxruntime of the plain export and of the result, one thread, interleaved."""
+    """Milliseconds on onnxruntime of the plain export and of the result, one thread, interleaved.
+
+    The file that is timed is compared with the model first: it is made anew, not the one that `survey` saw.
+    """
     made = _made(entry, tell)
     if made is None:
         return
@@ -75,7 +78,7 @@ def latency(entry: Entry, tell: Tell) -> None:
         info = capture_info(result.graph_module)
         files = [Path(folder) / "plain.onnx", Path(folder) / "ours.onnx"]
         export_onnx(model, info, files[0], verify=False)
-        result.export_onnx(files[1], verify=False)
+        result.export_onnx(files[1])
         leaves = torch.utils._pytree.tree_leaves((info.args, info.kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         repeats = _repeats(latency_ms(files, tensors, 3, threads=1))

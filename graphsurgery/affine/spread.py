@@ -106,10 +106,10 @@ def linear_of(node: fx.Node, constant: frozenset[fx.Node]) -> tuple[Any, Any, An
     read = (weight,) if bias is None else (weight, bias)
     if not all(isinstance(value, fx.Node) and value in constant for value in read) or x in constant:
         return None
-    # mypy does not follow that all three are nodes by now
-    # Nodes: a linear reads values.
-    plain = tensor_meta(weight).dim() == 2 and (bias is None or tensor_meta(bias).dim() == 1)  # type: ignore[arg-type]
-    return found if plain and is_tensor(x) and tensor_meta(x).dim() == 2 else None  # type: ignore[arg-type]
+    if not isinstance(x, fx.Node) or not is_tensor(x) or tensor_meta(x).dim() != 2:
+        return None
+    sizes = [tensor_meta(value).dim() for value in read if isinstance(value, fx.Node)]
+    return found if sizes == [2, 1][: len(read)] else None
 
 
 class Spread:

@@ -146,11 +146,14 @@ def _node_to_float64(node: onnx.NodeProto) -> list[Any]:
 
 
 def macs(model: onnx.ModelProto) -> float:
-    """Return about how many multiplications one run takes: convolutions and products with an initializer.
+    """Return about how many multiplications one run takes: convolutions and products with a constant.
 
     A free dimension counts as one; what shape inference cannot tell counts as infinite.
     """
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            sizes[node.output[0]] = tuple(node.attribute[0].t.dims)
     try:
         inferred = onnx.shape_inference.infer_shapes(_of_one(model), data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):

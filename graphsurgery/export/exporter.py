@@ -116,9 +116,9 @@ def export_onnx(
     if opset is not None:
         check_opset(opset)
     with staging(target) as folder:
-        model, notes = _translate(module, info, opset or OPSET)
+        model, names, notes = _translate(module, info, opset or OPSET)
         if opset is None and declines_bfloat16(model, OPSET):
-            model, notes = _translate(module, info, OPSET_BFLOAT16)
+            model, names, notes = _translate(module, info, OPSET_BFLOAT16)
         size = sum(
             value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
         )
@@ -128,7 +128,7 @@ def export_onnx(
         load_model(file)
         verdicts: tuple[Verdict, ...] = ()
         if verify:
-            verdicts = compare_file(file, info, baseline or baseline_of(reference or module, info))
+            verdicts = compare_file(file, info, baseline or baseline_of(reference or module, info), names)
             notes += [note for note in verdicts[-1].notes if note == BY_NODE_NOTE]
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         commit(folder, target)
@@ -146,7 +146,10 @@ def export_onnx(
 # -- translation ------------------------------------------------------------------------------------------
 
 
-def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir.Model, list[str]]:
+def _translate(
+    module: nn.Module, info: ExportInfo, opset: int
+) -> tuple[onnx_ir.Model, tuple[str, ...], list[str]]:
+    """Return the model, the names that its outputs are to have (none where they are not known), and notes."""
     example = Inputs(tuple(info.args), dict(info.kwargs))
     notes: list[str] = []
     try:
@@ -155,6 +158,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
             program = _torch_export(module, example, info.dynamic_batch, notes)
             on_four_axes(program)
             cast_subtrahends(program)
+            names = file_outputs(info.input_names, info.output_names, program.graph_signature.user_outputs)
             found = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -162,8 +166,10 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
                 opset_version=opset,
                 verbose=False,
                 input_names=input_names(info, example),
-                output_names=list(file_outputs(info.input_names, info.output_names)) or None,
+                output_names=list(names) or None,
             )
+    except ExportError as error:
+        raise ExportError(f"{type(module).__name__} cannot be translated to ONNX: {error}") from error
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
         raise ExportError(
             f"{type(module).__name__} cannot be translated to ONNX: {type(error).__name__}: {_reason(error)}"
@@ -187,7 +193,7 @@ def _translate(module: nn.Module, info: ExportInfo, opset: int) -> tuple[onnx_ir
     given = _size_names(module, input_names(info, example) or [], getattr(info, "size_names", {}))
     if not name_sizes(model, given, batched=info.dynamic_batch) and info.dynamic_batch:
         notes.append("the batch dimension became static in export")
-    return model, notes
+    return model, names, notes
 
 
 def _opset(model: onnx_ir.Model) -> int:

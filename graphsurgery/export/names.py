@@ -7,18 +7,37 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir
 
+from graphsurgery.errors import ExportError
+
 __all__ = ["file_outputs", "name_sizes"]
 
 _SYMBOL = re.compile(r"^[A-Za-z_]\w*$")
 
 
-def file_outputs(inputs: Sequence[str], outputs: Sequence[str]) -> tuple[str, ...]:
+def file_outputs(
+    inputs: Sequence[str], outputs: Sequence[str], returned: Sequence[object]
+) -> tuple[str, ...]:
     """Return the names of the outputs in the file: the model's, with `_out` behind that of an input.
 
-    `{"x": f(x)}` is a usual module, but a name stands for one value in an ONNX graph.
+    `{"x": f(x)}` is a usual module, but a name stands for one value in an ONNX graph. A None is no output of
+    the file, and its name goes with it.
+
+    Args:
+        inputs: Names of the model's flat inputs.
+        outputs: Names of its flat outputs; none where they are not known.
+        returned: What stands at each of these: the name of a value, or a constant.
+
+    Raises:
+        ExportError: A number is among the outputs, or there are more or fewer names than outputs.
     """
+    if outputs and len(outputs) != len(returned):
+        raise ExportError(f"{len(outputs)} names ({', '.join(outputs)}) for {len(returned)} outputs")
     taken, names = {*inputs, *outputs}, []
-    for name in outputs:
+    for name, value in zip(outputs, returned, strict=False):
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ExportError(f"its output {name!r} is the number {value}, and a file returns tensors alone")
         fresh = name
         while name in inputs and fresh in taken:
             fresh += "_out"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from graphsurgery.errors import RuntimeUnavailableError, VerificationError
 from graphsurgery.export.by_node import BY_NODE_NOTE, NodeByNode, holds_bfloat16
-from graphsurgery.export.names import file_outputs
 from graphsurgery.verify import Baseline, Inputs, OnnxRunner, Verdict
 from graphsurgery.verify.runners import OnnxVariant
 
@@ -40,16 +39,24 @@ def baseline_of(reference: nn.Module, info: ExportInfo) -> Baseline:
     )
 
 
-def compare_file(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verdict, ...]:
+def compare_file(
+    file: Path, info: ExportInfo, baseline: Baseline, outputs: tuple[str, ...] = ()
+) -> tuple[Verdict, ...]:
     """Compare onnxruntime, optimisations off and on, with the reference; in bfloat16 node by node.
 
+    Args:
+        file: The file.
+        info: What it was made with.
+        baseline: The reference's runs.
+        outputs: What its outputs are to be called; none where that is not known.
+
     Raises:
-        VerificationError: They differ, or onnxruntime cannot run the file.
+        VerificationError: They differ, in their names too, or onnxruntime cannot run the file.
     """
     verdicts = []
     example = Inputs(tuple(info.args), dict(info.kwargs))
     if holds_bfloat16(file):
-        return (_compare_by_node(file, info, baseline, input_names(info, example)),)
+        return (_compare_by_node(file, baseline, input_names(info, example), outputs),)
     for optimised in (False, True):
         name = f"onnxruntime {file.name} ({'optimised' if optimised else 'not optimised'})"
         try:
@@ -58,12 +65,14 @@ def compare_file(file: Path, info: ExportInfo, baseline: Baseline) -> tuple[Verd
             raise VerificationError(
                 f"{file.name} could not be verified and is not kept ({error}); verify=False keeps it so"
             ) from error
-        _check_output_names(file, runner.output_names, info, baseline)
+        _check_output_names(file, runner.output_names, outputs)
         verdicts.append(baseline.compare(runner).raise_if_failed())
     return tuple(verdicts)
 
 
-def _compare_by_node(file: Path, info: ExportInfo, baseline: Baseline, names: list[str] | None) -> Verdict:
+def _compare_by_node(
+    file: Path, baseline: Baseline, names: list[str] | None, outputs: tuple[str, ...]
+) -> Verdict:
     """Compare a file with values in bfloat16, for which onnxruntime has few kernels on the CPU.
 
     Raises:
@@ -71,7 +80,7 @@ def _compare_by_node(file: Path, info: ExportInfo, baseline: Baseline, names: li
     """
     try:
         graph = NodeByNode(file)
-        _check_output_names(file, graph.output_names, info, baseline)
+        _check_output_names(file, graph.output_names, outputs)
         title = f"onnxruntime {file.name} (node by node, bfloat16 computed in float32 and rounded)"
         found = baseline.compare(OnnxVariant(title, graph, tuple(names) if names else None))
     except RuntimeUnavailableError as error:
@@ -81,12 +90,6 @@ def _compare_by_node(file: Path, info: ExportInfo, baseline: Baseline, names: li
     return dataclasses.replace(found, notes=(BY_NODE_NOTE, *found.notes)).raise_if_failed()
 
 
-def _check_output_names(file: Path, names: tuple[str, ...], info: ExportInfo, baseline: Baseline) -> None:
-    wanted = _output_names(info, baseline)
+def _check_output_names(file: Path, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
     if wanted and names != wanted:
         raise VerificationError(f"{file.name} calls its outputs {names}, expected {wanted}")
-
-
-def _output_names(info: ExportInfo, baseline: Baseline) -> tuple[str, ...]:
-    names = file_outputs(info.input_names, info.output_names)
-    return names if len(names) == len(baseline.outputs) else ()

@@ -207,7 +207,7 @@ class Proof:
                 sealed=sealed,
             )
             result = manager(self.captured)
-            failures += result.failures
+            failures += [failure for failure in result.failures if failure not in failures]
             for name, spent in result.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + spent
             result, module = self.handed_out(result)

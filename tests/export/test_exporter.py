@@ -153,6 +153,39 @@ def test_outputs_may_have_names_of_calls_and_parameters(tmp_path: Path) -> None:
     assert [value.name for value in model.graph.output] == ["mul", "linear", "relu"]
 
 
+class Holed(nn.Module):
+    """A mapping in which one value is no tensor, between two that are."""
+
+    def __init__(self, between: object) -> None:
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(3, 4), nn.Linear(3, 4), between
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"first": self.first(x).relu(), "between": self.between, "last": self.last(x).sin()}
+
+
+def test_a_none_among_the_outputs_takes_its_name_with_it(tmp_path: Path) -> None:
+    model, x, file = Holed(None).eval(), torch.randn(2, 3), tmp_path / "out.onnx"
+    result = gs.optimize(model, x).export_onnx(file)
+    assert result.verdict is not None
+    assert result.verdict.ok
+    found = OnnxSession(file).run({"x": x})
+    assert list(found) == ["first", "last"]
+    # float32 on another runtime
+    torch.testing.assert_close(found["last"], model(x)["last"].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_among_the_outputs_is_declined_by_name(tmp_path: Path) -> None:
+    result = gs.optimize(Holed(3).eval(), torch.randn(2, 3), verify="off")
+    with pytest.raises(ExportError, match="its output 'between' is the number 3"):
+        result.export_onnx(tmp_path / "out.onnx")
+
+
+def test_more_names_than_outputs_are_an_error(network: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"2 names \(logits, more\) for 1 outputs"):
+        export_onnx(network, Info((image(),), output_names=("logits", "more")), tmp_path / "out.onnx")
+
+
 def test_outputs_with_the_name_of_an_input_have_one_of_their_own(tmp_path: Path) -> None:
     class Same(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 import graphsurgery as gs
 from graphsurgery.cost import Cost, layer_counts
-from graphsurgery.graph import get_attr_value, set_attr
+from graphsurgery.graph import copy_graph_module, get_attr_value, set_attr
 from graphsurgery.passes import FoldAffine
-from graphsurgery.rewrite.contracts import Change, PassResult
+from graphsurgery.rewrite import Change, NodeRef, Pass, PassResult
 from graphsurgery.rewrite.sealing import Attempt, seal, separate, unseal
 
 BLOCKS = 6
@@ -110,6 +110,30 @@ def test_a_pass_may_stand_twice(deep: nn.Module, picture: Tensor) -> None:
     (failure,) = result.report.failures
     assert "layers.6" in {ref.module for change in failure.changes for ref in change.before}
     assert gs.verify(deep, result.module, picture).ok
+
+
+def test_a_failure_that_comes_again_is_told_once(deep: nn.Module, picture: Tensor) -> None:
+    """The passes run again without what was wrong, and one that never ends does not end there either."""
+
+    @dataclass(frozen=True)
+    class Restless(Pass):
+        name: ClassVar[str] = "restless"
+        summary: ClassVar[str] = "relu of relu, without end"
+
+        def run(self, gm: fx.GraphModule) -> PassResult:
+            out = copy_graph_module(gm)
+            last = next(node for node in reversed(out.graph.nodes) if "relu" in str(node.target))
+            with out.graph.inserting_after(last):
+                again = out.graph.call_function(torch.ops.aten.relu.default, (last,))
+            again.meta.update(last.meta)
+            last.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+            out.recompile()
+            ref = NodeRef.of(last)
+            return PassResult(out, (Change(self.name, "relu", (ref,), (ref,), (), Cost(), Cost()),))
+
+    result = gs.optimize(deep, picture, passes=[Careless(wrong=("layers.6",)), Restless()])
+    told = [(failure.pass_name, failure.code) for failure in result.report.failures]
+    assert sorted(told) == [("careless", "verification"), ("restless", "no-fixed-point")]
 
 
 def test_without_a_wrong_fold_nothing_is_undone(deep: nn.Module, picture: Tensor) -> None:

@@ -673,3 +673,5 @@ def test_an_output_that_never_changes_is_noted(spread: float) -> None:
     verdict = verify(network(1), network(2), torch.randn(2, 8, generator=generator(3)))
     assert verdict.ok is (spread == 0.0)
     assert any("the same on every input that was tried" in note for note in verdict.notes) is (spread == 0.0)
+    alone = verify(network(1), network(1), torch.randn(1, 8, generator=generator(3)), samples=1)
+    assert not any("the same on every input" in note for note in alone.notes)  # one case tells nothing of it
