@@ -71,6 +71,7 @@ class InputSizes:
         count, spec = len(self._leaves), pytree.tree_structure((example.args, example.kwargs))
         self._order: list[int] = self.flat(Inputs(*pytree.tree_unflatten(range(count), spec)))
         self._given = given
+        self._batched = batched
         self._found = self._axes()
         self.free: dict[sympy.Symbol, str] = {}
         self._where: dict[sympy.Symbol, tuple[Any, ...]] = {}
@@ -114,7 +115,8 @@ class InputSizes:
 
     def example_size(self, symbol: sympy.Symbol) -> int:
         """Return the size that a free size has in the example."""
-        return int(evaluate(self._where[symbol], self._leaves))
+        place = self._where[symbol] if symbol in self._where else self._root(symbol)
+        return int(evaluate(place, self._leaves))
 
     def resized(self, inputs: Inputs, sizes: Sizes) -> Inputs | None:
         """Return `inputs` with free sizes changed, by cutting or repeating; None if they cannot be."""
@@ -143,10 +145,16 @@ class InputSizes:
         return tuple(size for size in range(1, TRIED + 1) if not self._accepts(rules, meta, size))
 
     def _batch(self) -> sympy.Symbol | None:
-        return next((symbol for symbol, name in self.free.items() if name == "batch"), None)
+        """Return the batch: a leading size, or what the first is made of where none is free itself."""
+        found = next((symbol for symbol, name in self.free.items() if name == "batch"), None)
+        if found is None and self._batched:
+            leading = next((expr for _, axis, expr in self._found if axis == 0), sympy.Integer(0))
+            found = next(iter(leading.free_symbols), None)
+            found = None if found is None or self._root(found) is None else found
+        return found
 
     def batch_axes(self) -> tuple[tuple[int, int, int, int], ...] | None:
-        """Return `CaptureInfo.batch_axes`; None where no input has the batch as it stands."""
+        """Return `CaptureInfo.batch_axes`; None where no size is made of the batch alone."""
         batch = self._batch()
         if batch is None:
             return None

@@ -233,3 +233,17 @@ def test_sizes_that_the_graph_does_not_hold_for_are_left_out() -> None:
     assert verdict is not None
     assert verdict.ok
     assert all(int(text.split("=")[1]) % 2 == 0 for text in verdict.sizes)
+
+
+@pytest.mark.parametrize(("offset", "rows"), [(0, 4), (1, 5)])
+def test_a_batch_that_is_made_of_a_free_size_alone_is_tried_at_its_multiples(offset: int, rows: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    shapes = ({0: 2 * Dim("n") + offset if offset else 2 * Dim("n")},)
+    result = gs.optimize(model, torch.randn(rows, 3), dynamic_shapes=shapes)
+    assert gs.graph.capture_info(result.graph_module).batch_axes == ((0, 0, 2, offset),)
+    verdict = result.report.verification
+    assert verdict is not None
+    assert verdict.ok
+    assert len(verdict.batch_sizes) > 1
+    assert all(size % 2 == offset for size in verdict.batch_sizes)
