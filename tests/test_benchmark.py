@@ -79,7 +79,7 @@ def test_what_is_wrong_or_fails_says_so_and_gains_nothing_in_the_mean(show: Modu
     text = show.document(results())
     assert row(text, "two") == ["two", "6.00", "", "fails", "**3.00**", "2.00 (2.00 to 2.00)"]
     assert row(text, "wrong")[-1] == "wrong by 0.2"
-    assert row(text, "*training form*")[-1] == "1.41"  # of 2 and 1
+    assert row(text, "*training form* (2)")[-1] == "1.41"  # of 2 and 1
     assert row(text, "**all that can be folded**")[-1] == "1.41"
     assert "**3 networks; of graphsurgery's results 1 are wrong and 0 fail;" in text
     assert "**3 of 5 networks;" in show.document([*results(), built("two", "onnxsim", listed=5)])
