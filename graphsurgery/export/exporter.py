@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from graphsurgery.errors import ExportError
 from graphsurgery.export.attention import on_four_axes
 from graphsurgery.export.by_node import BY_NODE_NOTE
+from graphsurgery.export.divisors import write_divisors
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.gemm import linears_as_gemm
 from graphsurgery.export.keys import transpose_keys
@@ -158,6 +159,7 @@ def _translate(
             program = _torch_export(module, example, info.dynamic_batch, notes)
             on_four_axes(program)
             cast_subtrahends(program)
+            write_divisors(program)
             names = file_outputs(info.input_names, info.output_names, program.graph_signature.user_outputs)
             found = torch.onnx.export(
                 program,
