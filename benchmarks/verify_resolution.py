@@ -27,6 +27,8 @@ import graphsurgery as gs
 from graphsurgery.verify import Baseline
 
 ERRORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+COARSE = (1.0, 1e-1, 1e-2, 1e-3)
+"""For models in float16 and bfloat16."""
 
 
 def convolutions() -> tuple[nn.Module, torch.Tensor]:
@@ -70,13 +72,16 @@ def warmed(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-def of_torch(model: nn.Module, baseline: Baseline, draws: int) -> list[tuple[str, list[str], str]]:
-    """Share found by torch against torch: in float32, and with float64."""
+Row = tuple[str, list[str], str]
+
+
+def of_torch(model: nn.Module, baseline: Baseline, draws: int, errors: tuple[float, ...]) -> list[Row]:
+    """Share found by torch against torch: in the model's own dtype, and with float64."""
     weights = [name for name, p in model.named_parameters() if p.ndim > 1]
     rng = np.random.default_rng(0)
     chosen = [(weights[rng.integers(len(weights))], float(rng.random())) for _ in range(draws)]
     native, double = [], []
-    for error in ERRORS:
+    for error in errors:
         found = [0, 0]
         for name, where in chosen:
             wrong = copy.deepcopy(model)
@@ -92,10 +97,11 @@ def of_torch(model: nn.Module, baseline: Baseline, draws: int) -> list[tuple[str
     own = baseline.compare(model).outputs[0]
     low = f"{own.native.resolution:.0e}" if own.native else "-"
     high = f"{own.float64.resolution:.0e}" if own.float64 else "-"
-    return [("torch, float32 alone", native, low), ("torch, with float64", double, high)]
+    own_dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return [(f"torch, {own_dtype} alone", native, low), ("torch, with float64", double, high)]
 
 
-def of_onnx(model: nn.Module, x: torch.Tensor, baseline: Baseline, draws: int) -> tuple[str, list[str], str]:
+def of_onnx(model: nn.Module, x: torch.Tensor, baseline: Baseline, draws: int) -> Row:
     """Share found by torch against the file on onnxruntime."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -124,18 +130,22 @@ def of_onnx(model: nn.Module, x: torch.Tensor, baseline: Baseline, draws: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=40, help="coefficients per network (default: 40)")
-    draws = parser.parse_args().draws
+    parser.add_argument("--low", action="store_true", help="the networks in float16 and bfloat16")
+    given = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("| network | comparison | " + " | ".join(f"{error:.0e}" for error in ERRORS) + " | resolution |")
-    print("|---" * (len(ERRORS) + 3) + "|")
+    errors = COARSE if given.low else ERRORS
+    print("| network | comparison | " + " | ".join(f"{error:.0e}" for error in errors) + " | resolution |")
+    print("|---" * (len(errors) + 3) + "|")
     for name, make in NETWORKS.items():
-        torch.manual_seed(0)
-        model, x = make()
-        model = warmed(model, x)
-        baseline = Baseline(model, x)
-        rows = [*of_torch(model, baseline, draws), of_onnx(model, x, baseline, draws)]
-        for kind, shares, resolution in rows:
-            print(f"| {name} | {kind} | " + " | ".join(shares) + f" | {resolution} |", flush=True)
+        for dtype in (torch.float16, torch.bfloat16) if given.low else (torch.float32,):
+            torch.manual_seed(0)
+            model, x = make()
+            model, x = warmed(model, x).to(dtype), x.to(dtype)
+            baseline = Baseline(model, x)
+            rows = of_torch(model, baseline, given.draws, errors)
+            rows += [] if given.low else [of_onnx(model, x, baseline, given.draws)]
+            for kind, shares, resolution in rows:
+                print(f"| {name} | {kind} | " + " | ".join(shares) + f" | {resolution} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ class _Run:
             )
             raise PassError(
                 f"{who} wrote into {', '.join(names)} in place, which all graphs share: "
-                "expected a new tensor under a new attribute; load the model anew and leave the pass out"
+                "expected a new tensor under a new attribute; capture the model again and leave the pass out"
             )
 
     def _graphs(self) -> list[fx.GraphModule]:

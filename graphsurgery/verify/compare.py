@@ -247,7 +247,9 @@ class Yardstick:
             needed = max(needed, float(used.max()))
             bound = factor * level + floor
             scale = _slice_max(_finite(self.anchors[run]).abs(), axis)
-            resolutions.append((bound / scale)[scale > self.smallest / self.eps])
+            # Below that rounding is no longer relative; `smallest` is of the own dtype, in float64 too.
+            normal = self.smallest / (self.kin or self).eps
+            resolutions.append((bound / scale)[scale > normal])
             share = error / bound
             if float(share.max()) > best.share:
                 case, channel = divmod(int(share.argmax()), share.shape[1])

@@ -288,6 +288,20 @@ def test_what_one_draw_calls_different_is_judged_by_more() -> None:
     assert judged(baseline, right).notes == verdict.notes  # measured once
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_float64_sees_is_told_in_every_dtype(dtype: torch.dtype) -> None:
+    """Storage in the model's dtype is what float64 cannot see below."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    baseline = Baseline(model, torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).to(dtype))
+    output = judged(baseline, model).outputs[0]
+    assert output.native is not None
+    assert output.float64 is not None
+    unit = torch.finfo(dtype).eps
+    assert unit / 10 < output.float64.best_resolution <= output.float64.resolution < output.native.resolution
+    assert output.native.resolution < 1e3 * unit
+
+
 @pytest.mark.parametrize(("samples", "full"), [(None, True), (3, False)])
 def test_float64_is_run_on_all_cases_of_a_full_battery_and_else_on_one(
     samples: int | None, full: bool
