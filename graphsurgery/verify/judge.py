@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["judge"]
 
+_WORTH_SAYING = 1e-3
+"""Share of a channel's largest value above which a verdict names the errors not seen; it decides nothing."""
+
 
 def judge(baseline: Baseline, candidate: Runner) -> Verdict:
     """Run `candidate` on the inputs of `baseline` and compare every output."""
@@ -223,6 +226,9 @@ def _conclude(verdict: OutputVerdict, native: Comparison, exact: Comparison | No
     if exact is not None:
         needs = f"factor {exact.factor_needed:.2g} of {exact.factor:.3g}"
         reason += f"; in float64 max error {exact.max_error:.2e}, {needs}"
+    unseen = min(native.resolution, native.resolution if exact is None else exact.resolution)
+    if unseen > _WORTH_SAYING:
+        reason += f"; errors below {unseen:.0e} of a channel's largest value are not seen"
     if verdict.top1_checked:
         reason += f"; top-1 agrees on {verdict.top1_agreed} of {verdict.top1_checked} clear rows"
     return dataclasses.replace(verdict, reason=reason)

@@ -300,6 +300,8 @@ def test_what_float64_sees_is_told_in_every_dtype(dtype: torch.dtype) -> None:
     unit = torch.finfo(dtype).eps
     assert unit / 10 < output.float64.best_resolution <= output.float64.resolution < output.native.resolution
     assert output.native.resolution < 1e3 * unit
+    seen = f"errors below {output.float64.resolution:.0e} of a channel's largest value are not seen"
+    assert (seen in output.reason) == (dtype is not torch.float32)
 
 
 @pytest.mark.parametrize(("samples", "full"), [(None, True), (3, False)])
