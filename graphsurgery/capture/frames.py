@@ -47,8 +47,8 @@ def helper_frames() -> Iterator[None]:
             ]
         )
 
-    # torch.export takes no filter of the caller's, so its own is exchanged for the time of a capture.
-    # Replaced for the time of one export: torch has no option for it.
+    # torch.export takes no filter of the caller's, so its own is exchanged for the time of one capture; mypy
+    # takes every exchange of a method for an error.
     TracerBase._filter_traceback_frames = wider  # type: ignore[assignment, method-assign]
     try:
         yield

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import enter, run
 
 import graphsurgery as gs
-from graphsurgery.cli.app import OUT, main
 from graphsurgery.measure import Timing, bench
 
 MODELS = '''
@@ -87,16 +87,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setattr(OUT, "_width", 200)  # whatever the terminal says
-
-
-def run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+    enter(tmp_path, monkeypatch)
 
 
 def files() -> set[str]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from graphsurgery.cli.app import main
+from commands import run
 
 MODELS = """
 import torch
@@ -34,12 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "data_models.py"
     path.write_text(MODELS)
     return f"{path}:net"
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    return int(str(left.value.code or 0))
 
 
 def rows(count: int = 5) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from commands import enter, run
 from torch import nn
 from torch.export import Dim
 
-from graphsurgery.cli.app import OUT, main
 from graphsurgery.cli.dynamic import free_sizes
 from graphsurgery.cli.errors import UsageError
 from graphsurgery.cli.loading import LoadedModel
@@ -61,16 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setattr(OUT, "_width", 250)  # whatever the terminal says
-
-
-def run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+    enter(folder, monkeypatch)
 
 
 def test_reads_names_ranges_and_multiples() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import enter, run
 
 import graphsurgery as gs
-from graphsurgery.cli.app import OUT, main
 
 MODEL = """
 import torch
@@ -32,18 +31,9 @@ def branching():
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setattr(OUT, "_width", 200)
+    enter(tmp_path, monkeypatch)
     (tmp_path / "parts_model.py").write_text(MODEL)
     return f"{tmp_path / 'parts_model.py'}:branching"
-
-
-def run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def test_writes_each_part_and_a_report(model: str, capsys: pytest.CaptureFixture[str]) -> None:

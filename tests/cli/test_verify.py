@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
+from commands import enter, run
 from onnx import numpy_helper
 
-from graphsurgery.cli.app import OUT, main
+from graphsurgery.cli.app import OUT
 
 MODELS = """
 import torch
@@ -56,16 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setattr(OUT, "_width", 250)  # whatever the terminal says
-
-
-def run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+    enter(folder, monkeypatch)
 
 
 ALL = ("reference", "onnxruntime-unoptimised", "onnxruntime", "torch")
