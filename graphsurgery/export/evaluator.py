@@ -15,7 +15,6 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from graphsurgery.errors import GraphSurgeryError, RuntimeUnavailableError, VerificationError
-from graphsurgery.export.formulas import FORMULAS
 from graphsurgery.export.sessions import OnnxSession, read_model
 
 __all__ = ["Evaluator", "macs", "nudged_session"]
@@ -35,18 +34,14 @@ class Evaluator:
     Args:
         model: The graph.
         double: Whether every float of it is turned into float64.
-        by_formula: Whether operators that the evaluator computes better than the standard writes them are
-            computed as written, for their rounding.
 
     Attributes:
         inputs: Dtype and shape of each input, as in `OnnxSession`; no dtype in float64.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, double: bool, by_formula: bool = False) -> None:
+    def __init__(self, model: onnx.ModelProto, *, double: bool) -> None:
         self._double = double
-        self._evaluator = ReferenceEvaluator(
-            _in_float64(model) if double else model, new_ops=list(FORMULAS) if by_formula else None
-        )
+        self._evaluator = ReferenceEvaluator(_in_float64(model) if double else model)
         self._outputs = tuple(value.name for value in model.graph.output)
         initializers = {tensor.name for tensor in model.graph.initializer}
         self.inputs: dict[str, tuple[torch.dtype | None, tuple[int | str | None, ...]]] = {
@@ -54,7 +49,7 @@ class Evaluator:
         }
 
     @classmethod
-    def of_file(cls, path: str | os.PathLike[str], *, double: bool, by_formula: bool = False) -> Evaluator:
+    def of_file(cls, path: str | os.PathLike[str], *, double: bool) -> Evaluator:
         """Return the evaluator of a file.
 
         Raises:
@@ -70,7 +65,7 @@ class Evaluator:
                 "ONNX reference evaluator, which is plain numpy, does within seconds"
             )
         try:
-            return cls(model, double=double, by_formula=by_formula)
+            return cls(model, double=double)
         except Exception as error:  # operators that it does not know raise several kinds
             raise RuntimeUnavailableError(
                 f"the ONNX reference evaluator cannot load the graph: {type(error).__name__}: {error}"

@@ -36,7 +36,6 @@ _DRAWS = 6
 """Nudged runs of a small model; a dear one gets fewer, down to one, as long as nothing seems to differ."""
 _DECISION_ULPS = 16.0
 """How far the data are moved to find the integers that hang on rounding (an argmax near a tie)."""
-
 _SEED_OF_NOISE = 7919
 
 
@@ -183,7 +182,7 @@ class Baseline:
         if self.draws < _DRAWS and any(o.mismatches or not o.within_noise for o in verdict.outputs):
             self._draw_again()
             verdict = judge(self, runner)
-        if any(not output.within_noise for output in verdict.outputs):
+        if any(o.mismatches or not o.within_noise for o in verdict.outputs):
             with as_before(self):
                 if add_rounding_of_operators(self, runner):
                     verdict = judge(self, runner)
@@ -334,16 +333,20 @@ class Baseline:
         except Exception as error:  # noqa: BLE001 - the caller's forward may check its values and raise
             self.notes.append(f"the reference declined moved data ({type(error).__name__}: {error})")
             return False
+        self.take(found, floats=not integers)
+        return True
+
+    def take(self, found: Sequence[Outputs], *, floats: bool = True) -> None:
+        """Take one run of each batch into the noise: of floats, unless not asked to, and of integers."""
         for output in self.outputs:
             values = [outputs[output.name] for outputs in found]
-            if output.yardstick is not None and not integers:
+            if output.yardstick is not None and floats:
                 output.yardstick.add_draw([self.canonical(v, run) for run, v in enumerate(values)])
                 for mask, value, anchor in zip(output.overflowed, values, output.anchor, strict=True):
                     mask |= anchor.isfinite() & ~value.isfinite()
             elif not output.is_float:
                 for mask, value, anchor in zip(output.undecided, values, output.anchor, strict=True):
                     mask |= value != anchor
-        return True
 
     def measure_stored(self) -> int | None:
         """Measure, once, what storing the weights does in float64; return the number of runs it covers.
@@ -352,7 +355,7 @@ class Baseline:
         """
         if self.double or not isinstance(self.runner, TorchRunner):
             return None
-        runs = self._stored_runs()
+        runs = len(self.batches) if self.full else 1
         floats = [output for output in self.outputs if output.yardstick is not None]
         if all(output.stored is not None for output in floats):
             return runs
@@ -367,13 +370,10 @@ class Baseline:
         self._draw_stored(range(self.draws))
         return runs
 
-    def _stored_runs(self) -> int:
-        return len(self.batches) if self.full else 1
-
     def _draw_stored(self, draws: range) -> None:
         if not isinstance(self.runner, TorchRunner):
             return
-        runs = self._stored_runs()
+        runs = len(self.batches) if self.full else 1
         for draw in draws:
             runner = self.runner.float64_stored(_SEED_OF_NOISE + draw)
             found = [runner.run(batch.inputs) for batch in self.batches[:runs]]

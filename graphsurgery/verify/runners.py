@@ -305,21 +305,13 @@ class OnnxRunner:
 
     def float64(self) -> Runner | None:
         """Return a float64 runner of the graph, where it is small enough for the ONNX reference evaluator."""
-        try:
-            return self.evaluated(double=True)
-        except RuntimeUnavailableError:
-            return None
-
-    def evaluated(self, *, double: bool, by_formula: bool = False) -> OnnxVariant:
-        """Return a runner on the ONNX reference evaluator: in float64 or its own dtypes, perhaps by formula.
-
-        Raises:
-            RuntimeUnavailableError: The graph is too large for that, or uses what it does not know.
-        """
         from graphsurgery.export.evaluator import Evaluator
 
-        evaluator = Evaluator.of_file(self.path, double=double, by_formula=by_formula)
-        return OnnxVariant(f"{self.name} in float64" if double else self.name, evaluator, self._names)
+        try:
+            evaluator = Evaluator.of_file(self.path, double=True)
+        except RuntimeUnavailableError:
+            return None
+        return OnnxVariant(f"{self.name} in float64", evaluator, self._names)
 
     def nudged(self, seed: int, ulps: float) -> Runner | None:
         """Return a runner of the graph with every float constant moved by `ulps` units; None above 2 GB."""

@@ -1,18 +1,21 @@
-"""The rounding of ONNX operators that cancel: right files pass by it, wrong ones do not."""
+"""The rounding of other runtimes' operators: right files pass by it, wrong ones do not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 from graphsurgery.verify import Baseline, OnnxRunner
-from graphsurgery.verify.operators import OPERATORS_NOTE, add_rounding_of_operators
+from graphsurgery.verify.operators import OPERATORS_NOTE, AsOtherRuntimes, add_rounding_of_operators
+from graphsurgery.verify.runners import TorchRunner
 
 
 def network(activation: nn.Module) -> nn.Module:
@@ -38,21 +41,23 @@ def test_cancelling_operators_are_no_difference(activation: nn.Module, tmp_path:
     assert verdict.outputs[0].native.best_resolution < 1e-3
 
 
-@pytest.mark.parametrize("off", [1e-2, 1e-3, 1e-4])
-def test_a_wrong_weight_is_not_called_rounding(off: float, tmp_path: Path) -> None:
-    model = network(nn.ELU())
-    path = written(model, tmp_path / "m.onnx")
+def scaled(path: Path, off: float) -> Path:
+    """The file with the first weight times 1 + off."""
     changed = onnx.load(path)
-    weight = next(t for t in changed.graph.initializer if t.dims)
+    weight = next(t for t in changed.graph.initializer if len(t.dims) > 1)
     values = numpy_helper.to_array(weight) * np.float32(1 + off)
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     onnx.save(changed, path)
-    baseline = Baseline(model, torch.randn(2, 3))
-    runner = OnnxRunner(path, optimised=False)
-    assert not add_rounding_of_operators(baseline, runner)
-    verdict = baseline.compare(runner)
+    return path
+
+
+@pytest.mark.parametrize("off", [1e-2, 1e-3, 1e-4])
+def test_a_wrong_weight_is_not_called_rounding(off: float, tmp_path: Path) -> None:
+    model = network(nn.ELU())
+    path = scaled(written(model, tmp_path / "m.onnx"), off)
+    verdict = Baseline(model, torch.randn(2, 3)).compare(OnnxRunner(path, optimised=False))
     assert not verdict.ok
-    assert OPERATORS_NOTE not in verdict.notes
+    assert OPERATORS_NOTE in verdict.notes  # what was tried is said
 
 
 def test_a_right_file_that_passes_is_not_run_there(tmp_path: Path) -> None:
@@ -64,7 +69,7 @@ def test_a_right_file_that_passes_is_not_run_there(tmp_path: Path) -> None:
 
 def test_a_torch_candidate_has_no_operators_of_onnx() -> None:
     model = network(nn.ELU())
-    assert not add_rounding_of_operators(Baseline(model, torch.randn(2, 3)), model)
+    assert not add_rounding_of_operators(Baseline(model, torch.randn(2, 3)), TorchRunner(model))
 
 
 def lossy(path: Path, kind: str) -> Path:
@@ -105,3 +110,100 @@ def test_the_noise_of_one_file_is_not_that_of_the_next_program(tmp_path: Path) -
     assert OPERATORS_NOTE not in baseline.compare(model).notes
     found = [output.yardstick.draws for output in baseline.outputs if output.yardstick is not None]
     assert found == before
+
+
+class Reducing(nn.Module):
+    """A reduction of maps of 128 x 128, which have equal values where the picture has."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.reduce = nn.Conv2d(3, 8, 3, padding=1), reduce
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.reduce(torch.relu(self.conv(picture)))
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pool": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+    "mean": lambda x: x.mean((2, 3)),
+    "sum of all": lambda x: x.sum() + x[:, 0, 0, 0],
+    "deviation": lambda x: x.std((2, 3)),
+    "group norm": lambda x: F.group_norm(x, 2, *(torch.arange(x.shape[1]).to(x) for _ in range(2))),
+    "instance norm": lambda x: F.instance_norm(x),
+    "norm": lambda x: x.flatten(1).norm(dim=1),
+    "log of a sum": lambda x: x.flatten(1).logsumexp(1),
+    "running sum": lambda x: x.flatten(2).cumsum(2),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_long_sums_of_a_right_file_are_no_difference(name: str, tmp_path: Path) -> None:
+    """onnxruntime adds up in a few lanes, torch pairwise: 1e-4 apart, hundreds of times the noise."""
+    model = Reducing(REDUCTIONS[name]).eval()
+    picture = torch.randn(1, 3, 128, 128)
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(model, (picture,), path, dynamo=True, verbose=False)
+    baseline = Baseline(model, picture)
+    for optimised in (False, True):
+        verdict = baseline.compare(OnnxRunner(path, optimised=optimised))
+        assert verdict.ok, verdict.reason
+        assert OPERATORS_NOTE in verdict.notes
+    wrong = baseline.compare(OnnxRunner(scaled(path, 1e-2), optimised=False))
+    assert not wrong.ok
+
+
+@pytest.mark.parametrize("off", [1e-2, 1e-3])
+def test_a_wrong_weight_before_a_long_sum_is_seen(off: float, tmp_path: Path) -> None:
+    model = Reducing(REDUCTIONS["pool"]).eval()
+    picture = torch.randn(1, 3, 128, 128)
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(model, (picture,), path, dynamo=True, verbose=False)
+    assert not Baseline(model, picture).compare(OnnxRunner(scaled(path, off), optimised=False)).ok
+
+
+def test_a_sigmoid_far_to_the_left_has_the_digits_of_a_runtime(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Sigmoid()).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-9.0, -1, -2]] * 4))
+    example = torch.ones(2, 3) + 0.1 * torch.randn(2, 3)
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(model, (example,), path, dynamo=True, verbose=False)
+    verdict = Baseline(model, example).compare(OnnxRunner(path, optimised=False))
+    assert verdict.ok, verdict.reason
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_operators_computed_otherwise_are_the_same_functions(lanes: int, dtype: torch.dtype) -> None:
+    """In float64 they agree with torch's to its rounding: nothing but rounding is taken into the noise."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 5, 7).to(dtype)
+    functions: list[Callable[[Tensor], Tensor]] = [
+        *REDUCTIONS.values(),
+        *(torch.sum, torch.mean, torch.var, torch.std, torch.sigmoid, F.silu, F.elu, F.selu),
+        lambda x: F.celu(x.clone(), 1.7, inplace=True),
+        lambda x: F.silu(x.clone(), inplace=True),
+        lambda x: x.clone().sigmoid_(),
+        lambda x: F.elu(x.clone(), 0.6, inplace=True),
+        lambda x: x.mean((1, -1), keepdim=True),
+        lambda x: x.sum(-2, dtype=torch.float64),
+        lambda x: x.sum(2),
+        lambda x: torch.cat([y.flatten() for y in torch.var_mean(x, 1, correction=0)]),
+        lambda x: torch.cat([y.flatten() for y in torch.std_mean(x, (0, 2), keepdim=True)]),
+        lambda x: F.layer_norm(x, (5, 7)),
+        lambda x: x[:, :0].sum(1),
+        lambda x: x[:0].sum(1),
+        lambda x: x[0, 0, 0, 0].cumsum(0),
+        lambda x: F.group_norm(x, 3),
+    ]
+    for function in functions:
+        with AsOtherRuntimes(lanes, 1.0) as mode:
+            found = function(x)
+        assert mode.used
+        wanted = function(x)
+        assert found.dtype == wanted.dtype
+        assert found.shape == wanted.shape
+        exact = function(x.double())
+        bound = 64 * torch.finfo(dtype).eps * (1 + exact.abs().max()) if exact.numel() else 0.0
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=float(bound))
