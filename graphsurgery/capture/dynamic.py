@@ -54,6 +54,7 @@ def check_dynamic_shapes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) 
             f"dynamic_shapes is a {type(dynamic_shapes).__name__}, expected a mapping by argument or a tuple "
             "with an entry for each argument, as for torch.export.export."
         )
+    known: dict[str, tuple[int, str]] = {}
     for name, value in arguments.items():
         part = _parts(arguments, dynamic_shapes).get(name)
         if isinstance(value, torch.Tensor) and part is not None and not isinstance(part, (Mapping, Sequence)):
@@ -63,6 +64,28 @@ def check_dynamic_shapes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) 
             )
         for tensor, axes in _pairs(value, part):
             _check_axes(name, tensor, axes)
+            for axis, size in axes.items():
+                if isinstance(size, Dim):
+                    _check_named(size, tensor.shape[axis], f"axis {axis} of {name!r}", known)
+
+
+def _check_named(size: Any, found: int, what: str, known: dict[str, tuple[int, str]]) -> None:
+    """Check that a `Dim` or a multiple of one is what the example has, here and where it stands else."""
+    root, of_root = getattr(size, "root", size), getattr(size, "fn", int)
+    offset = of_root(0)
+    value, rest = divmod(found - offset, of_root(1) - offset)
+    if rest:
+        raise CaptureError(
+            f"dynamic_shapes has {size.__name__!r} for {what}, which is {found} in the example; pass an "
+            "example of such a size."
+        )
+    other, where = known.setdefault(root.__name__, (value, what))
+    if other != value:
+        raise CaptureError(
+            f"dynamic_shapes gives {root.__name__!r} to {where} and to {what}, but in the example it is "
+            f"{other} by the one and {value} by the other; sizes of one name are equal, so pass such an "
+            "example or another name."
+        )
 
 
 def _check_axes(name: str, tensor: torch.Tensor, axes: Mapping[Any, Any]) -> None:

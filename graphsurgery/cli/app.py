@@ -114,6 +114,14 @@ def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
         except KeyboardInterrupt:
             code, kind = 130, "KeyboardInterrupt"
             message = "interrupted; a file that was not finished is not there, or is the old one"
+        except _ToldToEnd:
+            raise
+        except SystemExit as error:  # the user's code would else end this program with a code of its own
+            code, kind = 2, "SystemExit"
+            message = (
+                f"the code of the model ended the program by sys.exit({error.code!r}) before anything was "
+                "done or compared; take that call out of what runs on import, in the factory and in forward."
+            )
         except Exception as error:  # noqa: BLE001 - a bug of ours must not look like a failed verification
             ERR.print(traceback.format_exc(), markup=False, highlight=False)
             code, kind, message = 3, type(error).__name__, f"this is a bug of graphsurgery: {error}"
@@ -331,7 +339,10 @@ def _split(names: list[str] | None) -> tuple[str, ...] | None:
     """Flatten `--passes a,b --passes c` to `("a", "b", "c")`; None where the option was not given."""
     if names is None:
         return None
-    return tuple(name.strip() for text in names for name in text.split(",") if name.strip())
+    found = tuple(name.strip() for text in names for name in text.split(",") if name.strip())
+    if not found:
+        raise UsageError("--passes names no pass; `graphsurgery passes` lists them.")
+    return found
 
 
 def main(argv: list[str] | None = None) -> Any:
@@ -341,5 +352,9 @@ def main(argv: list[str] | None = None) -> Any:
     app(args=argv)
 
 
+class _ToldToEnd(SystemExit):
+    """The program was sent a SIGTERM."""
+
+
 def _end(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+    raise _ToldToEnd(128 + signal.SIGTERM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.export import ExportedProgram
 
 from graphsurgery.cli.errors import UsageError, first_line
+from graphsurgery.cli.inputs import positional_names
 from graphsurgery.cli.loading import LoadedModel
 
 __all__ = ["Batches", "read_data"]
@@ -41,7 +39,7 @@ def read_data(path: Path, examples: Any, side: LoadedModel | Path | None) -> Bat
     given = list(examples.values()) if named else several
     if not all(isinstance(value, torch.Tensor) for value in given):
         raise UsageError("--data needs inputs that are tensors, one array for each; this model has others.")
-    names = list(examples) if named else _names(side, len(given))
+    names = list(examples) if named else positional_names(side, len(given))
     keys = [_key(arrays, name, position, len(given)) for position, name in enumerate(names)]
     missing = [name for name, key in zip(names, keys, strict=True) if key is None]
     if missing:
@@ -105,27 +103,12 @@ def _arrays(path: Path) -> dict[str, Any]:
                 "input, or a folder of .npy files called as the inputs."
             )
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"--data {path} cannot be read: {first_line(error)}; pickled objects are not loaded, save plain "
-            "arrays of numbers."
-        ) from error
+        pickled = "allow_pickle" in str(error)
+        what = "pickled objects are not loaded" if pickled else first_line(error)
+        raise UsageError(f"--data {path} cannot be read: {what}; save plain arrays of numbers.") from error
     if not found:
         raise UsageError(f"--data {path} holds no arrays; expected one for each input.")
     return found
-
-
-def _names(side: LoadedModel | Path | None, count: int) -> list[str]:
-    """Names of the positional inputs, as the model's `forward` or the file calls them."""
-    found: list[str] = []
-    if isinstance(side, Path):
-        from graphsurgery.export import input_shapes
-
-        found = list(input_shapes(side))
-    elif side is not None and isinstance(side.model, ExportedProgram):
-        found = list(side.model.graph_signature.user_inputs)
-    elif side is not None and isinstance(side.model, nn.Module):
-        found = list(inspect.signature(side.model.forward).parameters)
-    return found[:count] if len(found) >= count else [str(position) for position in range(count)]
 
 
 def _key(arrays: Mapping[str, Any], name: str, position: int, count: int) -> str | None:

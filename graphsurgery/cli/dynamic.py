@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from graphsurgery.cli.errors import UsageError, nearest
+from graphsurgery.cli.inputs import positional_names
 from graphsurgery.cli.loading import LoadedModel
 
 __all__ = ["free_sizes"]
@@ -48,18 +49,20 @@ def free_sizes(texts: Sequence[str], inputs: Any, loaded: LoadedModel, spec: str
         )
     places = (inputs,) if isinstance(inputs, Tensor) else inputs
     named = inputs if isinstance(inputs, Mapping) else {str(place): x for place, x in enumerate(places)}
+    also = {} if named is inputs else dict(zip(positional_names(loaded, len(named)), named, strict=True))
     wanted: dict[str, dict[int, tuple[int, str]]] = {name: {} for name in named}
     sizes: dict[str, Any] = {}
     for text in texts:
         match = _match(text)
         name, axis, size, factor = (
-            match["input"],
+            str(also.get(match["input"], match["input"])),
             int(match["axis"]),
             match["name"],
             int(match["factor"] or 1),
         )
         if not isinstance(named.get(name), Tensor):
             tensors = [key for key, value in named.items() if isinstance(value, Tensor)]
+            tensors += [key for key, place in also.items() if place in tensors and key != place]
             raise UsageError(
                 f"--dynamic '{text}': {name} is no input that is a tensor{nearest(name, tensors)}; expected "
                 f"one of {', '.join(tensors) or 'none, as the inputs are nested'}."

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from graphsurgery.cli.errors import UsageError, nearest
 from graphsurgery.cli.loading import LoadedModel
 
-__all__ = ["InputSpec", "example_inputs", "parse_input"]
+__all__ = ["InputSpec", "example_inputs", "parse_input", "positional_names"]
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -100,16 +104,39 @@ def example_inputs(texts: list[str], loaded: LoadedModel | None, spec: str) -> A
     if len(set(names)) < len(names):
         raise UsageError(f"--input names '{max(names, key=names.count)}' twice.")
     generator = torch.Generator().manual_seed(0)
-    tensors = [_random(item, loaded, generator) for item in specs]
+    tensors = [_random(item, loaded, generator, text) for item, text in zip(specs, texts, strict=True)]
     return dict(zip(names, tensors, strict=True)) if names else tuple(tensors)
 
 
-def _random(spec: InputSpec, loaded: LoadedModel | None, generator: torch.Generator) -> Tensor:
+def _random(spec: InputSpec, loaded: LoadedModel | None, generator: torch.Generator, text: str) -> Tensor:
     dtype = spec.dtype or _default_dtype(loaded)
-    if dtype.is_floating_point:
-        return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(dtype)
-    high = 2 if dtype is torch.bool else min(_index_limit(loaded), torch.iinfo(dtype).max)
-    return torch.randint(0, high, spec.shape, generator=generator).to(dtype)
+    try:
+        if dtype.is_floating_point:
+            return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(dtype)
+        high = 2 if dtype is torch.bool else min(_index_limit(loaded), torch.iinfo(dtype).max)
+        return torch.randint(0, high, spec.shape, generator=generator).to(dtype)
+    except (RuntimeError, TypeError, MemoryError, OverflowError):  # of a size that no machine has
+        raise UsageError(
+            f"--input '{text}' has {math.prod(spec.shape):,} values, more than fit into memory; expected "
+            f"{FORM}."
+        ) from None
+
+
+def positional_names(side: LoadedModel | Path | None, count: int) -> list[str]:
+    """Names of the first positional inputs, as the model's `forward` or the ONNX file calls them.
+
+    Their places from 0, where nothing tells.
+    """
+    found: list[str] = []
+    if isinstance(side, Path):
+        from graphsurgery.export import input_shapes
+
+        found = list(input_shapes(side))
+    elif side is not None and isinstance(side.model, ExportedProgram):
+        found = list(side.model.graph_signature.user_inputs)
+    elif side is not None and isinstance(side.model, nn.Module):
+        found = list(inspect.signature(side.model.forward).parameters)
+    return found[:count] if len(found) >= count else [str(position) for position in range(count)]
 
 
 def _default_dtype(loaded: LoadedModel | None) -> torch.dtype:

@@ -102,7 +102,8 @@ def _is_path(location: str) -> bool:
 def _import_file(path: Path, spec: str) -> ModuleType:
     """Import a Python file under its own name, its folder on `sys.path` as if it were run as a script."""
     if not path.is_file():
-        raise UsageError(f"MODEL '{spec}' names the file {path}, which does not exist.")
+        what = "is no file" if path.exists() else "does not exist"
+        raise UsageError(f"MODEL '{spec}' names the file {path}, which {what}.")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -122,6 +123,8 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 
 def _import_module(location: str, spec: str) -> ModuleType:
     """Import a dotted module; the current folder counts, as it does for `python -m`."""
+    if location.startswith("."):
+        raise UsageError(f"MODEL '{spec}' names a relative module; expected {FORMS}.")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

@@ -14,17 +14,19 @@ from graphsurgery.export.files import commit, staging
 __all__ = ["check_writable", "staged_model"]
 
 
-def check_writable(outputs: dict[str, Path | None]) -> None:
+def check_writable(outputs: dict[str, Path | None], model: str = "") -> None:
     """Make sure that every file can be written, before hours of work depend on it.
 
     Args:
         outputs: Paths by the option that names them; None where the option was not given.
+        model: MODEL as given, the file of which is not to be written over.
 
     Raises:
         UsageError: A path is a folder, a device or a pipe, lies in a folder that is not there or not
-            writable, or is named twice.
+            writable, is named twice or is the model's own.
     """
-    seen: dict[Path, str] = {}
+    source = Path(model if model.endswith(".pt2") else model.rpartition(":")[0]).resolve()
+    seen: dict[Path, str] = {source: "MODEL"} if source.is_file() else {}
     for option, path in outputs.items():
         if path is None:
             continue

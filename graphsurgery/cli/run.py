@@ -100,12 +100,12 @@ def optimize(request: Request, console: Console) -> Outcome:
     # an unknown name or option is said before any work is done
     passes = with_options(gs.passes.select(request.passes, request.cost), request.options)
     outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
-    check_writable(outputs)
+    check_writable(outputs, request.model)
     check_opset(request.opset, request.output)
     loaded, inputs = _load(request.model, list(request.inputs))
     if request.data is not None and request.verify == "off":
         raise UsageError("--data is for the verification, which --verify off leaves out; leave out one.")
-    data = _data(request.data, inputs, loaded, request.model)
+    data = _data(request.data, request.data_limit, inputs, loaded, request.model)
     shapes = free_sizes(request.dynamic, inputs, loaded, request.model)
     with progress(console) as on_event:
         result = gs.optimize(
@@ -156,7 +156,7 @@ def split_head(
         UsageError: The request cannot be carried out as given.
         GraphSurgeryError: As raised by `gs.split_head` and the export.
     """
-    check_writable({"-o": output})
+    check_writable({"-o": output}, model)
     check_opset(opset, output)
     loaded, examples = _load(model, inputs)
     shapes = free_sizes(dynamic, examples, loaded, model)
@@ -231,7 +231,7 @@ def verify(
         raise UsageError(
             f"{reference} brings positional and keyword inputs at once; give all of them by --input."
         )
-    own = _data(data, examples, next(iter(bringing or models), sides[0]), reference)
+    own = _data(data, data_limit, examples, next(iter(bringing or models), sides[0]), reference)
     options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "data": own, "data_limit": data_limit}
     with console.status("comparing") if console.is_terminal else ExitStack():
         try:
@@ -278,9 +278,11 @@ def _load(spec: str, inputs: list[str]) -> tuple[LoadedModel, Any]:
     return loaded, examples
 
 
-def _data(path: Path | None, examples: Any, side: LoadedModel | Path, spec: str) -> Any:
+def _data(path: Path | None, limit: int | None, examples: Any, side: LoadedModel | Path, spec: str) -> Any:
     """The batches in `--data`; None where none are given."""
     if path is None:
+        if limit is not None:
+            raise UsageError("--data-limit is for --data, which is not given; give both, or leave it out.")
         return None
     if examples is None:
         raise UsageError(

@@ -48,6 +48,12 @@ FREE = {0: DYNAMIC}
         ((FREE, {0: 5}), ["fixes axis 0 of 'y' at 5, but it is 4"]),
         ((FREE, {0: Dim("b", min=5)}), ["'b' of at least 5 for axis 0 of 'y', which is 4 in the example"]),
         ((FREE, {0: Dim("b", max=3)}), ["'b' of at most 3 for axis 0 of 'y', which is 4 in the example"]),
+        ((FREE, {0: 3 * Dim("b")}), ["has '3*b' for axis 0 of 'y', which is 4 in the example"]),
+        ((FREE, {0: 3 * Dim("b") + 2}), ["for axis 0 of 'y', which is 4 in the example"]),
+        (
+            ({0: (twice := Dim("twice"))}, {0: 2 * twice}),
+            ["'twice' to axis 0 of 'x' and to axis 0 of 'y'", "it is 4 by the one and 2 by the other"],
+        ),
         (({0: DYNAMIC, 1: DYNAMIC}, FREE), ["the model fixes x.shape[1] at 6", "Dim.AUTO"]),
         (({1: Dim("wide")}, None), ["the model fixes wide at 6"]),
         (({0: Dim("a", min=4)}, {0: Dim("b", min=4)}), ["x.shape[0]", "y.shape[0]", "are the same"]),

@@ -325,3 +325,28 @@ def test_a_file_of_torch_save_is_told_apart(tmp_path: Path, whole: bool) -> None
     torch.save(model if whole else model.state_dict(), tmp_path / "model.pt2")
     with pytest.raises(UsageError, match=r"model.pt2 was written by torch.save; use torch.export.save"):
         load_archive(tmp_path / "model.pt2")
+
+
+def test_a_weight_that_was_damaged_is_found(saved: Path, tmp_path: Path) -> None:
+    """torch loads it without looking at the checksum."""
+    with zipfile.ZipFile(saved) as archive:
+        entry = next(item for item in archive.infolist() if item.filename.endswith("weight_0"))
+        length = len(archive.read(entry))
+    data = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive, archive.open(entry) as content:
+        start = data.index(content.read(16), entry.header_offset)
+    data[start + length // 2] ^= 1
+    path = tmp_path / "damaged.pt2"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"no readable .pt2 file.*checksum of .*weight_0' is wrong"):
+        load_archive(path)
+
+
+def test_a_record_of_an_unknown_version_is_damage(saved: Path, tmp_path: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    place = data.rindex(b"PK\x01\x02")
+    data[place + 6] = 0x55  # the version that is needed to unpack
+    path = tmp_path / "flipped.pt2"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"no readable .pt2 file"):
+        load_archive(path)

@@ -73,6 +73,16 @@ def nan():
 
 def raising():
     raise FileNotFoundError("weights.bin")
+
+def leaving():
+    raise SystemExit(0)
+
+class Leaving(Net):
+    def forward(self, picture):
+        raise SystemExit
+
+def leaving_later():
+    return Leaving().eval()
 '''
 
 INPUT = ("--input", "2x3x6x6")
@@ -220,6 +230,17 @@ def test_a_pass_of_another_package_runs_when_named(
         (("optimize", "{m}:net", "-o", "gone/n.onnx", *INPUT), "the folder gone does not exist"),
         (("optimize", "{m}:net", "-o", "n.onnx"), "brings no example inputs"),
         (("optimize", "{m}:net", "-o", "n.onnx", "--input", "1,3"), "--input '1,3' is not understood"),
+        (("optimize", "{m}:net", "--input", "2x3x9999999x9999999"), "more than fit into memory"),
+        (("optimize", "{m}:net", "--input", "99999999999999999999x3"), "more than fit into memory"),
+        (("optimize", "{m}:leaving", "-o", "n.onnx", *INPUT), "ended the program by sys.exit(0)"),
+        (("verify", "{m}:leaving", "{m}:net", *INPUT), "ended the program by sys.exit(0)"),
+        (("verify", "{m}:net", "{m}:leaving_later", *INPUT), "ended the program by sys.exit(None)"),
+        (("optimize", "{m}:net", "-o", "{m}", *INPUT), "MODEL and -o name the same file"),
+        (("optimize", "{m}:net", *INPUT, "--passes", ","), "--passes names no pass"),
+        (("optimize", "{m}:net", *INPUT, "--data-limit", "3"), "--data-limit is for --data"),
+        (("verify", "{m}:net", "{m}:net", *INPUT, "--data-limit", "3"), "--data-limit is for --data"),
+        (("optimize", ".:net", "-o", "n.onnx", *INPUT), "names a relative module"),
+        (("optimize", "./:net", "-o", "n.onnx", *INPUT), "which is no file"),
         (("optimize", "{m}:net", "-o", "n.onnx", "--input", "1x5x6x6"), "5"),
         (("optimize", "{m}:net", "-o", "n.onnx", "--input", "1x3x6x6:int64"), ""),
         (("optimize", "{m}:net", "-o", "n.onnx", "--input", "image=1x3x6x6"), "image"),

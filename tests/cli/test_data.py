@@ -79,7 +79,8 @@ def test_what_cannot_be_used_is_one_sentence(
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_path_that_is_none(model: str, tmp_path: Path) -> None:
+def test_a_path_that_is_none(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut off")
     for path in ("missing.npz", "cut.npz", ""):
         assert run("verify", model, model, *INPUT, "--data", str(tmp_path / path)) == 2
+        assert "pickled" not in capsys.readouterr().err

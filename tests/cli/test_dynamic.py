@@ -83,6 +83,16 @@ def test_places_stand_for_positional_inputs() -> None:
     assert free_sizes([], (torch.zeros(3),), MODULE, "m") is None
 
 
+def test_positional_inputs_have_the_names_of_forward() -> None:
+    by_place = free_sizes(["0.1=n"], torch.zeros(3, 4), MODULE, "m")
+    by_name = free_sizes(["input.1=n"], torch.zeros(3, 4), MODULE, "m")
+    assert [list(axes) for axes in by_name] == [list(axes) for axes in by_place] == [[1]]
+    with pytest.raises(UsageError, match="expected one of 0, input"):
+        free_sizes(["x.1=n"], torch.zeros(3, 4), MODULE, "m")
+    with pytest.raises(UsageError, match="axis 1 of input 0 has a size already"):
+        free_sizes(["0.1=n", "input.1=m"], torch.zeros(3, 4), MODULE, "m")
+
+
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
