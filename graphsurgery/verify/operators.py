@@ -59,6 +59,8 @@ class AsOtherRuntimes(TorchDispatchMode):  # type: ignore[no-untyped-call] # its
         used: Whether an operator was met that is computed otherwise.
     """
 
+    supports_higher_order_operators = True  # what a torch.cond holds is computed as ever
+
     def __init__(self, lanes: int, units: float = 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's has no types
         self.lanes = lanes
@@ -69,7 +71,7 @@ class AsOtherRuntimes(TorchDispatchMode):  # type: ignore[no-untyped-call] # its
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+        if not (args and _plain(args[0])):
             return func(*args, **kwargs)
         if func in _MADE_OF_SUMS:
             with self:
@@ -77,20 +79,30 @@ class AsOtherRuntimes(TorchDispatchMode):  # type: ignore[no-untyped-call] # its
         if func in _SUMS:
             self.used = True
             return _SUMS[func](self.lanes, *args, **kwargs)
-        if func.overloadpacket in _FUNCTIONS:
+        if func in _FUNCTIONS:
             self.used = True
             low = args[0]
             wide = low.float() if low.dtype.itemsize < 4 else low
-            return _FUNCTIONS[func.overloadpacket](self.units, wide, *args[1:], **kwargs).to(low.dtype)
-        if func.overloadpacket in _IN_PLACE:
-            self.used = True
+            return _FUNCTIONS[func](self.units, wide, *args[1:], **kwargs).to(low.dtype)
+        if func in _IN_PLACE:
             with self:
-                return args[0].copy_(_IN_PLACE[func.overloadpacket](*args, **kwargs))
+                return args[0].copy_(_IN_PLACE[func](*args, **kwargs))
         return func(*args, **kwargs)
+
+
+def _plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout is torch.strided
+        and not value.is_nested
+    )
 
 
 def _total(lanes: int, x: Tensor, dim: Sequence[int] | int | None, keepdim: bool) -> tuple[Tensor, int]:
     """Return the sum over the axes `dim` (all if there are none), one by one in `lanes`, and its length."""
+    if not x.ndim:
+        return x, 1
     axes = [dim] if isinstance(dim, int) else list(dim or range(x.ndim))
     axes = sorted(axis % x.ndim for axis in axes)
     kept = [axis for axis in range(x.ndim) if axis not in axes]
@@ -135,7 +147,7 @@ def _var_mean(
     mean = total / length
     squares = _total(lanes, (wide - mean).square(), dim, True)[0]
     var = squares / max(0.0, length - (1 if correction is None else correction))
-    axes = list(range(x.ndim)) if dim is None or dim == [] else dim
+    axes = dim or list(range(x.ndim))
     both = (var, mean) if keepdim else (var.squeeze(axes), mean.squeeze(axes))
     return both[0].to(result), both[1].to(result)
 
@@ -165,11 +177,25 @@ def _cumsum(lanes: int, x: Tensor, dim: int, *, dtype: torch.dtype | None = None
 
 
 def _sigmoid(units: float, x: Tensor) -> Tensor:
-    return 0.5 + 0.5 * (torch.tanh(0.5 * x) * (1 + units * torch.finfo(x.dtype).eps))
+    found = 0.5 + 0.5 * (torch.tanh(0.5 * x) * (1 + units * torch.finfo(x.dtype).eps))
+    return found.clamp(0, 1)
 
 
 def _silu(units: float, x: Tensor) -> Tensor:
     return x * _sigmoid(units, x)
+
+
+def _glu(units: float, x: Tensor, dim: int = -1) -> Tensor:
+    half, gate = x.chunk(2, dim)
+    return half * _sigmoid(units, gate)
+
+
+def _expm1(units: float, x: Tensor) -> Tensor:
+    return torch.exp(x) - 1
+
+
+def _log1p(units: float, x: Tensor) -> Tensor:
+    return torch.log(x + 1)
 
 
 def _elu(
@@ -209,17 +235,23 @@ _MADE_OF_SUMS = {
 """Those that torch's own decompositions turn into sums and variances."""
 
 _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
-    aten.sigmoid: _sigmoid,
-    aten.silu: _silu,
-    aten.elu: _elu,
-    aten.celu: _celu,
+    aten.sigmoid.default: _sigmoid,
+    aten.silu.default: _silu,
+    aten.glu.default: _glu,
+    aten.elu.default: _elu,
+    aten.celu.default: _celu,
+    aten.expm1.default: _expm1,
+    aten.log1p.default: _log1p,
 }
 
 _IN_PLACE: dict[Any, Any] = {
-    aten.sigmoid_: aten.sigmoid,
-    aten.silu_: aten.silu,
-    aten.elu_: aten.elu,
-    aten.celu_: aten.celu,
+    aten.sigmoid_.default: aten.sigmoid,
+    aten.silu_.default: aten.silu,
+    aten.elu_.default: aten.elu,
+    aten.celu_.default: aten.celu,
+    aten.expm1_.default: aten.expm1,
+    aten.log1p_.default: aten.log1p,
+    aten.cumsum_.default: aten.cumsum,
 }
 
 
@@ -237,10 +269,8 @@ def add_rounding_of_operators(baseline: Baseline, candidate: Runner) -> bool:
         try:
             with mode:
                 found = [runner.run(batch.inputs) for batch in baseline.batches]
-        except Exception as error:  # noqa: BLE001 - the caller's forward may check its values and raise
-            said = f"the reference declined sums in another order ({type(error).__name__}: {error})"
-            baseline.notes.append(said)
-            return False
+        except Exception:  # noqa: BLE001 - the caller's forward may check its values and raise
+            return False  # the verdict stands as it was
         if not mode.used:
             return False
         baseline.take(found)

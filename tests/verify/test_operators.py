@@ -194,7 +194,8 @@ def test_operators_computed_otherwise_are_the_same_functions(lanes: int, dtype: 
         lambda x: F.layer_norm(x, (5, 7)),
         lambda x: x[:, :0].sum(1),
         lambda x: x[:0].sum(1),
-        lambda x: x[0, 0, 0, 0].cumsum(0),
+        *(lambda x: x[0, 0, 0, 0].cumsum(0), lambda x: x[0, 0, 0, 0].sum(), lambda x: x[0, 0, 0, 0].mean(0)),
+        *(lambda x: F.glu(x, 1), torch.expm1, lambda x: torch.log1p(x.abs()), lambda x: x.clone().cumsum_(3)),
         lambda x: F.group_norm(x, 3),
     ]
     for function in functions:
@@ -207,3 +208,24 @@ def test_operators_computed_otherwise_are_the_same_functions(lanes: int, dtype: 
         exact = function(x.double())
         bound = 64 * torch.finfo(dtype).eps * (1 + exact.abs().max()) if exact.numel() else 0.0
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=float(bound))
+
+
+def test_what_is_no_plain_float_is_left_to_torch() -> None:
+    x = torch.randn(3, 4)
+    with AsOtherRuntimes(4) as mode:
+        for other in (x.to_sparse(), x.to(torch.complex64), x.long(), x > 0):
+            torch.sum(other)
+        given = torch.empty(3, 4)
+        assert torch.sigmoid(x, out=given) is given
+        torch.cond(torch.tensor(True), lambda y: y + 1, lambda y: y - 1, (x,))
+    assert not mode.used
+
+
+def test_a_sigmoid_stays_between_zero_and_one() -> None:
+    """What is computed of it, a logarithm or a root, is finite where torch's is."""
+    x = torch.tensor([-200.0, -20.0, 20.0, 200.0])
+    for units in (1.0, -1.0):
+        with AsOtherRuntimes(1, units):
+            found = torch.sigmoid(x)
+        assert found.min() >= 0
+        assert found.max() <= 1
