@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
+from graphsurgery.capture.constants import known_constants
 from graphsurgery.capture.dynamic import check_dynamic_shapes, explain, of_one
 from graphsurgery.capture.frames import helper_frames
 from graphsurgery.capture.inputs import Inputs
@@ -117,7 +118,7 @@ def quiet() -> Iterator[None]:
 
 
 def _export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
-    with quiet(), helper_frames(), torch.no_grad():
+    with quiet(), helper_frames(), known_constants(), torch.no_grad():
         return torch.export.export(
             model, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )

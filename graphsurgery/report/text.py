@@ -66,11 +66,13 @@ def render(report: Report, *, limit: int | None = None) -> RenderableType:
     parts.append(refusals_text(report.refusals, limit=limit))
     for failure in report.failures:
         where = f"{failure.pass_name} ({failure.code}, round {failure.round})"
-        line = f"rolled back: {where}: {failure.reason}"
+        line = f"rolled back: {where}: {_plain(failure.reason)}"
+        if failure.code == "no-fixed-point":
+            line = f"kept, but not settled: {where}: {_plain(failure.reason)}"
         if failure.changes:
             replaced = tuple(ref for change in failure.changes for ref in change.before)
             what = f"{_place(replaced)}{_ops(replaced)}"
-            line = f"undone, all else of the pass kept: {where}: {what}: {failure.reason}"
+            line = f"undone, all else of the pass kept: {where}: {what}: {_plain(failure.reason)}"
         parts.append(Text(line, style="bold red"))
     parts.append(verification_text(report))
     return Group(*parts)
@@ -165,7 +167,7 @@ def changes_text(changes: Iterable[Change], *, limit: int | None = None) -> Rend
         if change.residual is not None:
             line.append(f"  (certificate {change.residual:.1e})")
         if change.detail:
-            line.append(f"  {change.detail}")
+            line.append(f"  {_plain(change.detail)}")
         groups.setdefault((change.pass_name, change.kind), []).append(line)
     return _groups("changes", groups, limit, "green")
 
@@ -174,12 +176,17 @@ def refusals_text(refusals: Iterable[Refusal], *, limit: int | None = None) -> R
     """The refusals, grouped by pass and reason code, each with its place in the user's model."""
     groups: dict[tuple[str, str], list[Text]] = {}
     for refusal in refusals:
-        line = Text(f"{_place(refusal.nodes)}{refusal.reason}")
+        line = Text(f"{_place(refusal.nodes)}{_plain(refusal.reason)}")
         source = next((ref.source for ref in refusal.nodes if ref.source), "")
         if source:
             line.append(f"  [{source}]", style="dim")
         groups.setdefault((refusal.pass_name, refusal.code), []).append(line)
     return _groups("refusals", groups, limit, "yellow")
+
+
+def _plain(text: str) -> str:
+    """What foreign code said, on one line and without codes that a terminal obeys."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _place(refs: tuple[NodeRef, ...]) -> str:

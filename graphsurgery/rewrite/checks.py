@@ -16,10 +16,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphsurgery.graph import CaptureInfo
-from graphsurgery.rewrite.contracts import Pass, PassResult
+from graphsurgery.rewrite.contracts import Change, NodeRef, Pass, PassResult, Refusal
 from graphsurgery.rewrite.fingerprint import same_bits
 
-__all__ = ["Finding", "check_graph", "check_values", "run_graph", "wrong_result"]
+__all__ = ["Finding", "broken", "check_graph", "check_values", "run_graph", "wrong_result"]
 
 Finding = tuple[str, str]
 
@@ -32,7 +32,17 @@ def wrong_result(result: Any) -> Finding | None:
     if not isinstance(graph_module, fx.GraphModule):
         kind = type(graph_module).__name__
         return "not-a-result", f"returned a PassResult with a {kind} where a GraphModule was expected"
+    for change in result.changes:
+        if not isinstance(change, Change) or not _refs(change.before) or not _refs(change.after):
+            return "not-a-result", f"reported {change!r} where a Change with NodeRefs was expected"
+    for refusal in result.refusals:
+        if not isinstance(refusal, Refusal) or not _refs(refusal.nodes):
+            return "not-a-result", f"reported {refusal!r} where a Refusal with NodeRefs was expected"
     return None
+
+
+def _refs(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(ref, NodeRef) for ref in value)
 
 
 def check_graph(before: fx.GraphModule, after: fx.GraphModule, declared: Pass) -> Finding | None:
@@ -96,11 +106,14 @@ def _lint(gm: fx.GraphModule) -> Finding | None:
             gm.graph.lint()
             gm.recompile()
         except Exception as error:  # noqa: BLE001 (lint and recompile raise all kinds)
-            return (
-                "lint",
-                f"left a broken graph: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            )
+            return broken(error)
     return None
+
+
+def broken(error: Exception) -> Finding:
+    """What is said of a graph that cannot be read."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "lint", f"left a broken graph: {said}"
 
 
 def _meta(before: fx.GraphModule, after: fx.GraphModule) -> Finding | None:

@@ -19,6 +19,7 @@ help, and where a pass fails 1 or 2, it is rolled back whole and not run again.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from torch import fx
 
 from graphsurgery.errors import GraphSurgeryError, PassError
 from graphsurgery.graph import copy_graph_module
-from graphsurgery.rewrite.checks import Finding, check_graph, check_values, run_graph, wrong_result
-from graphsurgery.rewrite.contracts import Pass, PassResult, Refusal
+from graphsurgery.rewrite.checks import Finding, broken, check_graph, check_values, run_graph, wrong_result
+from graphsurgery.rewrite.contracts import Pass, PassResult, Preserves, Refusal
+from graphsurgery.rewrite.examples import ExampleGuard
 from graphsurgery.rewrite.fingerprint import Ledger, fingerprint, held_tensors
 from graphsurgery.rewrite.records import CheckResult, Event, EventKind, ManagerResult, PassFailure, Step
 from graphsurgery.rewrite.sealing import Attempt, seal, separate, unseal
@@ -80,6 +82,13 @@ class PassManager:
                 raise PassError(
                     f"expected an instance of graphsurgery.Pass, got {type(item).__name__} {item!r}"
                 )
+            _check_declared(item)
+        for one, other in itertools.combinations(self.passes, 2):
+            if one.name == other.name and type(one) is not type(other):
+                raise PassError(
+                    f"two passes are called {one.name!r}, of {type(one).__module__} and of "
+                    f"{type(other).__module__}; expected a name for each, so that failures can be told apart"
+                )
         if max_rounds < 1:
             raise PassError(f"max_rounds must be at least 1, got {max_rounds}")
         self.check = check
@@ -100,6 +109,15 @@ class PassManager:
             PassError: A pass wrote into a tensor in place, or (`strict`) broke what it declares.
         """
         return _Run(self, gm, example_inputs).to_fixed_point()
+
+
+def _check_declared(item: Pass) -> None:
+    """Refuse a pass that does not say who it is and what it keeps."""
+    name, kept = getattr(item, "name", None), getattr(item, "preserves", None)
+    if not isinstance(name, str) or not name:
+        raise PassError(f"the pass {type(item).__name__} has the name {name!r}; expected a text")
+    if not isinstance(kept, Preserves):
+        raise PassError(f"pass {name!r} has preserves={kept!r}; expected a graphsurgery.Preserves")
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,7 @@ class _Run:
         self.inputs = example_inputs
         self.ledger = Ledger()
         self.given = gm
+        self.examples = ExampleGuard(gm, example_inputs)
         self.current = self._snapshot(gm)
         self.outputs: list[Any] | None = None if example_inputs is None else run_graph(gm, example_inputs)
         self.steps: list[Step] = []
@@ -242,14 +261,21 @@ class _Run:
         except Exception as error:  # noqa: BLE001 (a pass is foreign code)
             finding = "raised", f"raised {type(error).__name__}: {str(error).strip() or 'no message'}"
         self._refuse_written_tensors([declared.name], contents=False)
+        if self.examples.restore():
+            finding = "input-modified", "wrote into the example inputs, which all comparisons are made on"
         finding = finding or wrong_result(result)
-        if finding is None and self._snapshot(given).print != untouched:
-            finding = "input-modified", "modified the graph it was given instead of a copy"
+        after = before
+        try:
+            if finding is None and self._snapshot(given).print != untouched:
+                finding = "input-modified", "modified the graph it was given instead of a copy"
+            if finding is None and result is not None:
+                if sealed:
+                    unseal(result.graph_module)
+                after = self._snapshot(result.graph_module)
+        except Exception as error:  # noqa: BLE001 (a graph without output, a node without its arguments)
+            finding = broken(error)
         if finding is not None or result is None:
             return None, before, finding
-        if sealed:
-            unseal(result.graph_module)
-        after = self._snapshot(result.graph_module)
         if not result.changes and after.print != before.print:
             finding = "false-no-change", "reports no change but handed back another graph"
         elif result.changes and after.print == before.print:
@@ -277,7 +303,10 @@ class _Run:
     def _check(self, declared: Pass, after: _Snapshot) -> tuple[Finding | None, list[Any] | None]:
         """Cases 3 to 5 of the module docstring; and the outputs for the example inputs, if there are any."""
         before, outputs = self.current.gm, self.outputs
-        finding = check_graph(before, after.gm, declared)
+        try:
+            finding = check_graph(before, after.gm, declared)
+        except Exception as error:  # noqa: BLE001 (as above)
+            finding = broken(error)
         if finding is not None:
             return finding, None
         if self.outputs is not None:

@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_manager import PassManager as TorchPassManager
 from graphsurgery.capture import capture
 from graphsurgery.cost import Cost
 from graphsurgery.errors import PassError
-from graphsurgery.graph import copy_graph_module, get_attr_value, set_attr, structural_hash
+from graphsurgery.graph import capture_info, copy_graph_module, get_attr_value, set_attr, structural_hash
 from graphsurgery.rewrite import Change, Event, NodeRef, Pass, PassManager, PassResult, Preserves, Refusal
 
 aten = torch.ops.aten
@@ -74,13 +74,17 @@ class DropOneRelu(Pass):
 
 
 def scripted(
-    action: Callable[[fx.GraphModule], Any], *, says: bool = True, declares: Preserves | None = None
+    action: Callable[[fx.GraphModule], Any],
+    *,
+    says: bool = True,
+    declares: Preserves | None = None,
+    called: Any = "culprit",
 ) -> Pass:
     """A pass named `culprit` that does `action` to a copy of the graph and says that it did, or not."""
 
     @dataclass(frozen=True)
     class Culprit(Pass):
-        name: ClassVar[str] = "culprit"
+        name: ClassVar[str] = called
         summary: ClassVar[str] = "lies"
         preserves: ClassVar[Preserves] = declares or Preserves()
 
@@ -248,6 +252,83 @@ def test_a_wrong_result_is_named(gm: fx.GraphModule, back: Any) -> None:
 
     (failure,) = PassManager([Odd()])(gm).failures
     assert (failure.pass_name, failure.code) == ("odd", "not-a-result")
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        {"changes": ("a fold",)},
+        {"changes": (Change("odd", "test", ("relu",), (), (), Cost(), Cost()),)},  # type: ignore[arg-type]
+        {"refusals": ("no",)},
+    ],
+    ids=["change", "node", "refusal"],
+)
+def test_a_report_of_something_else_is_named(gm: fx.GraphModule, reported: dict[str, Any]) -> None:
+    @dataclass(frozen=True)
+    class Odd(Pass):
+        name: ClassVar[str] = "odd"
+        summary: ClassVar[str] = ""
+
+        def run(self, gm: fx.GraphModule) -> PassResult:
+            return PassResult(copy_graph_module(gm), **reported)
+
+    result = PassManager([Odd(), DropOneRelu()])(gm)
+    assert [(failure.pass_name, failure.code) for failure in result.failures] == [("odd", "not-a-result")]
+    assert result.modified
+
+
+def erase_output(gm: fx.GraphModule) -> None:
+    gm.graph.erase_node(gm.graph.output_node())
+
+
+def take_arguments(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        node.args = ()
+
+
+@pytest.mark.parametrize("action", [erase_output, take_arguments])
+@pytest.mark.parametrize("given", [False, True], ids=["its own graph", "the graph it was given"])
+def test_a_graph_that_cannot_be_read_is_rolled_back(
+    gm: fx.GraphModule, given: bool, action: Callable[[fx.GraphModule], None]
+) -> None:
+    @dataclass(frozen=True)
+    class Breaks(Pass):
+        name: ClassVar[str] = "breaks"
+        summary: ClassVar[str] = ""
+
+        def run(self, gm: fx.GraphModule) -> PassResult:
+            out = gm if given else copy_graph_module(gm)
+            node = next(iter(out.graph.nodes))
+            action(out)
+            return PassResult(out, (change("breaks", node),))
+
+    result = PassManager([Breaks(), DropOneRelu()])(gm)
+    (failure,) = result.failures
+    assert (failure.pass_name, failure.code in {"lint", "input-modified", "signature"}) == ("breaks", True)
+    assert result.modified
+
+
+@pytest.mark.parametrize("through", ["info", "numpy"])
+def test_example_inputs_that_a_pass_wrote_into_are_put_back(
+    gm: fx.GraphModule, inputs: tuple[torch.Tensor], through: str
+) -> None:
+    """Tiny inputs would hide a wrong weight from every comparison on them."""
+    before = inputs[0].clone()
+
+    def shrink(out: fx.GraphModule) -> None:
+        example = capture_info(out).args[0]
+        if through == "info":
+            example.mul_(1e-30)
+        else:
+            example.numpy()[:] = 0
+        set_attr(out, "fc.weight", get_attr_value(out, "fc.weight") * 1.5)
+
+    result = PassManager([scripted(shrink), DropOneRelu()])(gm, inputs)
+    (failure,) = result.failures
+    assert (failure.pass_name, failure.code) == ("culprit", "input-modified")
+    assert "example inputs" in failure.reason
+    assert torch.equal(inputs[0], before)
+    assert [c.pass_name for c in result.changes] == ["drop-one-relu"]
 
 
 @pytest.mark.parametrize("error", [ValueError("no good"), PassError("no good"), KeyError("no good")])
@@ -436,6 +517,12 @@ def test_the_result_computes_the_same(gm: fx.GraphModule, inputs: tuple[torch.Te
         ([DropOneRelu], r"write DropOneRelu\(\)"),
         (["eliminate-identity"], "got str"),
         ([lambda gm: gm], "function"),
+        (
+            [DropOneRelu(), scripted(lambda _: None, called="drop-one-relu")],
+            "two passes are called 'drop-one-relu'",
+        ),
+        ([scripted(lambda _: None, called="")], "has the name ''; expected a text"),
+        ([scripted(lambda _: None, called=None)], "has the name None; expected a text"),
     ],
 )
 def test_what_is_no_pass_is_refused(passes: list[Any], message: str) -> None:
