@@ -868,3 +868,17 @@ def test_keyword_arguments_that_are_no_tensors_are_fixed() -> None:
     with pytest.raises(ValueError, match="'flag' was captured as True"):
         gm(x=x, flag=False, scale=float("nan"))
     assert gm(x=x, flag=True, scale=float("nan")).isnan().all()
+
+
+class Caching(nn.Module):
+    """As decoders of transformers do by default."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, object]:
+        from transformers import DynamicCache
+
+        return x + 1, DynamicCache()
+
+
+def test_a_cache_beside_the_outputs_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CaptureError, match=r"returns a DynamicCache beside its outputs.*use_cache=False"):
+        capture(Caching(), torch.randn(2, 3))

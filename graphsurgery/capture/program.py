@@ -9,6 +9,7 @@ import linecache
 import logging
 import math
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -129,6 +130,9 @@ def depends_on_values(error: BaseException | None) -> bool:
     return "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
 
 
+_CACHE = re.compile(r"(\w*Cache)'> in output")
+
+
 def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
     found = explain(error)
     if found is not None:
@@ -136,6 +140,12 @@ def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
     if depends_on_values(error):
         why = "its control flow depends on the values of a tensor"
         advice = "write the choice as torch.where, or let gs.optimize_parts work on the submodules around it"
+    elif cache := _CACHE.search(str(error)):  # transformers gives one with the result by default
+        why = f"it returns a {cache[1]} beside its outputs, which a graph cannot hold"
+        advice = (
+            "set model.config.use_cache = False, or pass use_cache=False with the inputs; to keep generating "
+            "with the cache, let gs.optimize_parts work on the submodules"
+        )
     else:
         why = f"torch.export cannot trace it ({_complaint(error)})"
         advice = (
