@@ -180,3 +180,14 @@ def test_a_bfloat16_file_is_run_node_by_node_and_says_so(tmp_path: Path) -> None
     assert done.verdicts == (done.verdict,)  # onnxruntime did not run the file itself
     for notes in (done.notes, done.verdict.notes):
         assert any("file as a whole was not run" in note for note in notes)
+
+
+def test_a_float64_file_says_that_its_attributes_are_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, eps=1e-3)).double().eval()
+    result = gs.optimize(model, torch.randn(2, 6, dtype=torch.float64))
+    with pytest.raises(
+        gs.VerificationError, match=r"attributes of an ONNX file .* export the model in float32"
+    ):
+        result.export_onnx(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
