@@ -122,7 +122,8 @@ def optimize(request: Request, console: Console) -> Outcome:
         ok = _verified(result.report)
         if not ok:
             return Outcome(result.report, False, ())
-        with ExitStack() as files:  # renamed only when the block has ended well
+        with ExitStack() as files:  # renamed when the block has ended well, the report last
+            report = None if request.report is None else files.enter_context(staged(request.report))
             if request.save is not None:
                 on_event(gs.Event("stage-start", "write and load the exported program", 0, 1))
                 result.save(files.enter_context(staged(request.save)), verify=request.verify != "off")
@@ -133,9 +134,8 @@ def optimize(request: Request, console: Console) -> Outcome:
                 if result.report.onnx is not None:
                     onnx = dataclasses.replace(result.report.onnx, path=str(request.output))
                     result.report = dataclasses.replace(result.report, onnx=onnx)
-            if request.report is not None:
-                text = result.report.to_json()
-                files.enter_context(staged(request.report)).write_text(text + "\n", encoding="utf-8")
+            if report is not None:
+                report.write_text(result.report.to_json() + "\n", encoding="utf-8")
     return Outcome(result.report, True, tuple(path for path in outputs.values() if path is not None))
 
 

@@ -55,7 +55,11 @@ def staging(path: Path) -> Iterator[Path]:
             error.args = (str(error).replace(str(folder), str(path.parent)),)
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:  # an interrupt; what comes then is not put off for long
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager

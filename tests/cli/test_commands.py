@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,22 @@ def test_the_opset_is_that_asked_for(models: str, capsys: pytest.CaptureFixture[
     assert "expected a number from 18" in capsys.readouterr().err
     assert run("split-head", f"{models}:with_inputs", "--opset", "20") == 2
     assert "name the file by -o" in capsys.readouterr().err
+
+
+def test_the_report_is_put_in_place_last(models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees the new report sees the files that it speaks of."""
+    order: list[str] = []
+    replace = os.replace
+
+    def watched(source: str | Path, target: str | Path) -> None:
+        if Path(target).resolve().parent == Path.cwd():  # not within a hidden folder
+            order.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    options = ("-o", "n.onnx", "--save", "n.pt2", "--report", "r.json")
+    assert run("optimize", f"{models}:net", *INPUT, *options) == 0
+    assert order == ["n.onnx", "n.pt2", "r.json"]
 
 
 def test_optimize_takes_its_own_output(models: str) -> None:

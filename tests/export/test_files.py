@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +86,21 @@ def test_killed_at_any_moment_leaves_the_old_file_or_the_new_one(kills: int, tmp
     assert found["wrong"] == []
     assert found["killed"] >= kills // 2  # the others had ended before
     assert found["left behind after a whole run"] == []
+
+
+def test_an_interrupt_while_tidying_up_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+    calls: list[str] = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        calls.append("rmtree")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "r.json") as file:
+        file.write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
