@@ -114,8 +114,6 @@ def _exit_codes(command: Callable[P, int]) -> Callable[P, None]:
         except KeyboardInterrupt:
             code, kind = 130, "KeyboardInterrupt"
             message = "interrupted; a file that was not finished is not there, or is the old one"
-        except _ToldToEnd:
-            raise
         except SystemExit as error:  # the user's code would else end this program with a code of its own
             code, kind = 2, "SystemExit"
             message = (
@@ -349,12 +347,15 @@ def main(argv: list[str] | None = None) -> Any:
     """Run the command line and exit with its code."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)  # so that what is half done is tidied up
-    app(args=argv)
+    try:
+        app(args=argv)
+    except _ToldToEnd:
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
-class _ToldToEnd(SystemExit):
-    """The program was sent a SIGTERM."""
+class _ToldToEnd(BaseException):
+    """The program was sent a SIGTERM; no SystemExit, which code of the user's may raise on its own."""
 
 
 def _end(*_: object) -> None:
-    raise _ToldToEnd(128 + signal.SIGTERM)
+    raise _ToldToEnd

@@ -150,4 +150,4 @@ def _index_limit(loaded: LoadedModel | None) -> int:
     if loaded is None or not isinstance(loaded.model, nn.Module):
         return _NO_EMBEDDING
     rows = [module.num_embeddings for module in loaded.model.modules() if isinstance(module, nn.Embedding)]
-    return min(rows, default=_NO_EMBEDDING)
+    return max(1, min(rows, default=_NO_EMBEDDING))

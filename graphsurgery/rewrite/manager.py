@@ -258,7 +258,7 @@ class _Run:
             result = declared.run(given)
         except GraphSurgeryError as error:
             finding = "raised", str(error)
-        except Exception as error:  # noqa: BLE001 (a pass is foreign code)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (a pass is foreign code)
             finding = "raised", f"raised {type(error).__name__}: {str(error).strip() or 'no message'}"
         self._refuse_written_tensors([declared.name], contents=False)
         if self.examples.restore():

@@ -331,8 +331,10 @@ def test_example_inputs_that_a_pass_wrote_into_are_put_back(
     assert [c.pass_name for c in result.changes] == ["drop-one-relu"]
 
 
-@pytest.mark.parametrize("error", [ValueError("no good"), PassError("no good"), KeyError("no good")])
-def test_a_pass_that_raises_is_rolled_back(gm: fx.GraphModule, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [ValueError("no good"), PassError("no good"), KeyError("no good"), SystemExit("no good")]
+)
+def test_a_pass_that_raises_is_rolled_back(gm: fx.GraphModule, error: BaseException) -> None:
     def boom(_: fx.GraphModule) -> None:
         raise error
 
