@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from graphsurgery.cli.archive import load_archive
 from graphsurgery.cli.errors import UsageError, first_line, nearest
 
-__all__ = ["LoadedModel", "load_model", "reject_non_finite"]
+__all__ = ["LoadedModel", "load_model", "model_file", "reject_non_finite"]
 
 FORMS = "'package.module:factory', 'path/to/file.py:factory' or a path to a .pt2 file"
 
@@ -72,6 +72,18 @@ def load_model(spec: str) -> LoadedModel:
         raise UsageError(f"MODEL '{spec}' is not understood; expected {FORMS}.")
     module = _import_file(Path(location), spec) if _is_path(location) else _import_module(location, spec)
     return _from_factory(_attribute(module, name, location), spec)
+
+
+def model_file(spec: str) -> Path | None:
+    """Return the file that `spec` names, before anything is imported; None where none is found."""
+    location = spec if spec.endswith(".pt2") else spec.rpartition(":")[0]
+    if spec.endswith(".pt2") or _is_path(location):
+        found = [Path(location)]
+    else:
+        module = location.replace(".", "/")
+        folders = ["", *sys.path]
+        found = [Path(folder, f"{module}{end}") for folder in folders for end in (".py", "/__init__.py")]
+    return next((path for path in found if path.is_file()), None)
 
 
 def reject_non_finite(loaded: LoadedModel, spec: str) -> None:

@@ -14,19 +14,18 @@ from graphsurgery.export.files import commit, staging
 __all__ = ["check_writable", "staged_model"]
 
 
-def check_writable(outputs: dict[str, Path | None], model: str = "") -> None:
+def check_writable(outputs: dict[str, Path | None], read: dict[str, Path | None] | None = None) -> None:
     """Make sure that every file can be written, before hours of work depend on it.
 
     Args:
         outputs: Paths by the option that names them; None where the option was not given.
-        model: MODEL as given, the file of which is not to be written over.
+        read: Files that the command reads, likewise; they are not to be written over.
 
     Raises:
         UsageError: A path is a folder, a device or a pipe, lies in a folder that is not there or not
-            writable, is named twice or is the model's own.
+            writable, is named twice or is one that is read.
     """
-    source = Path(model if model.endswith(".pt2") else model.rpartition(":")[0]).resolve()
-    seen: dict[Path, str] = {source: "MODEL"} if source.is_file() else {}
+    seen = {path.resolve(): option for option, path in (read or {}).items() if path is not None}
     for option, path in outputs.items():
         if path is None:
             continue

@@ -18,7 +18,7 @@ from graphsurgery.cli.data import read_data
 from graphsurgery.cli.dynamic import free_sizes
 from graphsurgery.cli.errors import UsageError, first_line, nearest
 from graphsurgery.cli.inputs import example_inputs
-from graphsurgery.cli.loading import LoadedModel, load_model, reject_non_finite
+from graphsurgery.cli.loading import LoadedModel, load_model, model_file, reject_non_finite
 from graphsurgery.cli.options import check_opset, with_options
 from graphsurgery.cli.outputs import check_writable, staged_model
 from graphsurgery.cli.progress import progress
@@ -100,7 +100,7 @@ def optimize(request: Request, console: Console) -> Outcome:
     # an unknown name or option is said before any work is done
     passes = with_options(gs.passes.select(request.passes, request.cost), request.options)
     outputs = {"-o": request.output, "--save": request.save, "--report": request.report}
-    check_writable(outputs, request.model)
+    check_writable(outputs, {"MODEL": model_file(request.model), "--data": request.data})
     check_opset(request.opset, request.output)
     loaded, inputs = _load(request.model, list(request.inputs))
     if request.data is not None and request.verify == "off":
@@ -156,7 +156,7 @@ def split_head(
         UsageError: The request cannot be carried out as given.
         GraphSurgeryError: As raised by `gs.split_head` and the export.
     """
-    check_writable({"-o": output}, model)
+    check_writable({"-o": output}, {"MODEL": model_file(model)})
     check_opset(opset, output)
     loaded, examples = _load(model, inputs)
     shapes = free_sizes(dynamic, examples, loaded, model)

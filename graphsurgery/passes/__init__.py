@@ -25,7 +25,7 @@ from graphsurgery.passes.fully_convolutional import FullyConvolutional
 from graphsurgery.passes.linear_to_conv1x1 import LinearToConv1x1
 from graphsurgery.passes.merge_siblings import MergeSiblings
 from graphsurgery.passes.split_head import SplitHead
-from graphsurgery.rewrite.contracts import Pass
+from graphsurgery.rewrite.contracts import Pass, require_declared
 from graphsurgery.rewrite.plugins import registered_passes
 
 __all__ = [
@@ -130,13 +130,30 @@ def select(
     chosen: list[Pass] = []
     for item in passes:
         if isinstance(item, str):
-            chosen.append(find(item)())
+            chosen.append(_made(find(item)))
         elif isinstance(item, Pass):
             chosen.append(item)
         elif isinstance(item, type) and issubclass(item, Pass):
-            chosen.append(item())
+            chosen.append(_made(item))
         else:
             raise PassError(
                 f"expected the name, class or instance of a pass, got {type(item).__name__} {item!r}"
             )
+    for item in chosen:
+        require_declared(item)
     return tuple(chosen)
+
+
+def _made(item: type[Pass]) -> Pass:
+    """Return an instance with the default options.
+
+    Raises:
+        PassError: The class cannot be called without arguments, or lacks `run`.
+    """
+    try:
+        return item()
+    except Exception as error:  # foreign code
+        raise PassError(
+            f"the pass {item.__name__} cannot be made ({type(error).__name__}: {error}); expected a class "
+            "with `run` and a default for every option, or give an instance"
+        ) from error

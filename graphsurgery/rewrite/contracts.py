@@ -14,9 +14,10 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from graphsurgery.cost import Cost, op_name
+from graphsurgery.errors import PassError
 from graphsurgery.graph import module_path, source_line
 
-__all__ = ["Change", "NodeRef", "Pass", "PassResult", "Preserves", "Refusal"]
+__all__ = ["Change", "NodeRef", "Pass", "PassResult", "Preserves", "Refusal", "require_declared"]
 
 
 @dataclass(frozen=True)
@@ -161,3 +162,16 @@ class Pass(ABC):
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Run the pass; the form that `torch.fx.passes.infra.pass_manager.PassManager` calls."""
         return self.run(gm)
+
+
+def require_declared(item: Pass) -> None:
+    """Refuse a pass that does not say who it is and what it keeps.
+
+    Raises:
+        PassError: Its name is no text, or `preserves` is something else.
+    """
+    name, kept = getattr(item, "name", None), getattr(item, "preserves", None)
+    if not isinstance(name, str) or not name:
+        raise PassError(f"the pass {type(item).__name__} has the name {name!r}; expected a text")
+    if not isinstance(kept, Preserves):
+        raise PassError(f"pass {name!r} has preserves={kept!r}; expected a graphsurgery.Preserves")

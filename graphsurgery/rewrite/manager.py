@@ -30,7 +30,7 @@ from torch import fx
 from graphsurgery.errors import GraphSurgeryError, PassError
 from graphsurgery.graph import copy_graph_module
 from graphsurgery.rewrite.checks import Finding, broken, check_graph, check_values, run_graph, wrong_result
-from graphsurgery.rewrite.contracts import Pass, PassResult, Preserves, Refusal
+from graphsurgery.rewrite.contracts import Pass, PassResult, Refusal, require_declared
 from graphsurgery.rewrite.examples import ExampleGuard
 from graphsurgery.rewrite.fingerprint import Ledger, fingerprint, held_tensors
 from graphsurgery.rewrite.records import CheckResult, Event, EventKind, ManagerResult, PassFailure, Step
@@ -82,7 +82,7 @@ class PassManager:
                 raise PassError(
                     f"expected an instance of graphsurgery.Pass, got {type(item).__name__} {item!r}"
                 )
-            _check_declared(item)
+            require_declared(item)
         for one, other in itertools.combinations(self.passes, 2):
             if one.name == other.name and type(one) is not type(other):
                 raise PassError(
@@ -109,15 +109,6 @@ class PassManager:
             PassError: A pass wrote into a tensor in place, or (`strict`) broke what it declares.
         """
         return _Run(self, gm, example_inputs).to_fixed_point()
-
-
-def _check_declared(item: Pass) -> None:
-    """Refuse a pass that does not say who it is and what it keeps."""
-    name, kept = getattr(item, "name", None), getattr(item, "preserves", None)
-    if not isinstance(name, str) or not name:
-        raise PassError(f"the pass {type(item).__name__} has the name {name!r}; expected a text")
-    if not isinstance(kept, Preserves):
-        raise PassError(f"pass {name!r} has preserves={kept!r}; expected a graphsurgery.Preserves")
 
 
 @dataclass(frozen=True)

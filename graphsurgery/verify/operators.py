@@ -293,9 +293,8 @@ def add_rounding_of_operators(baseline: Baseline, candidate: Runner) -> bool:
         for output in baseline.outputs:
             if output.is_float:
                 for values, anchor in zip(found, output.anchor, strict=True):
-                    value = values[
-                        output.name
-                    ]  # the logarithm of a 0 that torch does not have is no rounding
+                    # The logarithm of a 0 that torch does not have is no rounding.
+                    value = values[output.name]
                     values[output.name] = torch.where(value.isfinite(), value, anchor.to(value.dtype))
         baseline.take(found)
     baseline.notes.append(OPERATORS_NOTE)

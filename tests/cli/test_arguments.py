@@ -242,6 +242,9 @@ def test_finds_unwritable_outputs_beforehand(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             check_writable({"-o": path})
+    for option in ("MODEL", "--data"):
+        with pytest.raises(UsageError, match=f"{option} and -o name the same file"):
+            check_writable({"-o": tmp_path / "a"}, {option: tmp_path / "." / "a"})
     with pytest.raises(UsageError, match="-o and --report name the same file"):
         check_writable({"-o": tmp_path / "a", "--report": tmp_path / "a"})
 

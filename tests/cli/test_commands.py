@@ -253,6 +253,9 @@ def test_a_pass_of_another_package_runs_when_named(
         (("verify", "{m}:leaving", "{m}:net", *INPUT), "ended the program by sys.exit(0)"),
         (("verify", "{m}:net", "{m}:leaving_later", *INPUT), "ended the program by sys.exit(None)"),
         (("optimize", "{m}:net", "-o", "{m}", *INPUT), "MODEL and -o name the same file"),
+        (("optimize", "command_models:net", "-o", "{m}", *INPUT), "MODEL and -o name the same file"),
+        (("optimize", "{m}:net", "-o", "{m}", "--data", "{m}", *INPUT), "-o name the same file"),
+        (("split-head", "{m}:net", "-o", "{m}", *INPUT), "MODEL and -o name the same file"),
         (("optimize", "{m}:net", *INPUT, "--passes", ","), "--passes names no pass"),
         (("optimize", "{m}:net", *INPUT, "--data-limit", "3"), "--data-limit is for --data"),
         (("verify", "{m}:net", "{m}:net", *INPUT, "--data-limit", "3"), "--data-limit is for --data"),
@@ -281,8 +284,13 @@ def test_a_pass_of_another_package_runs_when_named(
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_usage_is_one_sentence(
-    models: str, argv: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
+    models: str,
+    argv: tuple[str, ...],
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.syspath_prepend(Path(models).parent)
     assert run(*(part.replace("{m}", models) for part in argv)) == 2
     err = capfd.readouterr().err
     assert said in err

@@ -523,6 +523,7 @@ def test_the_result_computes_the_same(gm: fx.GraphModule, inputs: tuple[torch.Te
             [DropOneRelu(), scripted(lambda _: None, called="drop-one-relu")],
             "two passes are called 'drop-one-relu'",
         ),
+        ([scripted(lambda _: None, declares=3)], "has preserves=3; expected a graphsurgery.Preserves"),  # type: ignore[arg-type]
         ([scripted(lambda _: None, called="")], "has the name ''; expected a text"),
         ([scripted(lambda _: None, called=None)], "has the name None; expected a text"),
     ],

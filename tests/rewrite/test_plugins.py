@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from torch import fx
@@ -49,7 +49,7 @@ def test_a_registered_pass_is_found_by_name_and_does_not_run_unasked(monkeypatch
     register(monkeypatch, "Foreign")
     assert passes.available()["foreign-fold"] is Foreign
     assert passes.find("foreign-fold") is Foreign
-    assert passes.select(["foreign-fold"]) == (Foreign(),)
+    assert passes.passes.select(["foreign-fold"]) == (Foreign(),)
     assert Foreign() not in passes.default_passes()
 
 
@@ -80,12 +80,46 @@ def test_an_unknown_name_suggests_the_nearest(wrong: str) -> None:
 
 def test_a_name_like_no_other_lists_all() -> None:
     with pytest.raises(PassError, match="expected one of eliminate-identity"):
-        passes.select(["zzz"])
+        passes.passes.select(["zzz"])
 
 
 def test_select_takes_names_instances_and_classes() -> None:
     identity = passes.EliminateIdentity
-    assert passes.select(["eliminate-identity", identity(), identity]) == (identity(),) * 3
+    assert passes.passes.select(["eliminate-identity", identity(), identity]) == (identity(),) * 3
     assert passes.select("eliminate-identity") == passes.select(identity()) == (identity(),)
     with pytest.raises(PassError, match="got int 3"):
-        passes.select([3])  # type: ignore[list-item]
+        passes.passes.select([3])  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class NeedsAnOption(Pass):
+    factor: float
+    name: ClassVar[str] = "needs-an-option"
+    summary: ClassVar[str] = ""
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return PassResult(gm, (), ())
+
+
+class WithoutRun(Pass):
+    name: ClassVar[str] = "without-run"
+    summary: ClassVar[str] = ""
+
+
+class KeepsNothing(NeedsAnOption):
+    preserves: ClassVar[Any] = None
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (NeedsAnOption, "NeedsAnOption cannot be made .*'factor'.*or give an instance"),
+        (WithoutRun, "WithoutRun cannot be made .*`run`"),
+        (KeepsNothing(2.0), "'needs-an-option' has preserves=None"),
+    ],
+    ids=["option", "run", "preserves"],
+)
+def test_a_pass_that_cannot_be_used_is_one_sentence(asked: Any, said: str) -> None:
+    with pytest.raises(PassError, match=said):
+        passes.select([asked])
+    assert passes.select([NeedsAnOption(2.0)]) == (NeedsAnOption(2.0),)
