@@ -49,7 +49,7 @@ def test_a_registered_pass_is_found_by_name_and_does_not_run_unasked(monkeypatch
     register(monkeypatch, "Foreign")
     assert passes.available()["foreign-fold"] is Foreign
     assert passes.find("foreign-fold") is Foreign
-    assert passes.passes.select(["foreign-fold"]) == (Foreign(),)
+    assert passes.select(["foreign-fold"]) == (Foreign(),)
     assert Foreign() not in passes.default_passes()
 
 
@@ -80,15 +80,15 @@ def test_an_unknown_name_suggests_the_nearest(wrong: str) -> None:
 
 def test_a_name_like_no_other_lists_all() -> None:
     with pytest.raises(PassError, match="expected one of eliminate-identity"):
-        passes.passes.select(["zzz"])
+        passes.select(["zzz"])
 
 
 def test_select_takes_names_instances_and_classes() -> None:
     identity = passes.EliminateIdentity
-    assert passes.passes.select(["eliminate-identity", identity(), identity]) == (identity(),) * 3
+    assert passes.select(["eliminate-identity", identity(), identity]) == (identity(),) * 3
     assert passes.select("eliminate-identity") == passes.select(identity()) == (identity(),)
     with pytest.raises(PassError, match="got int 3"):
-        passes.passes.select([3])  # type: ignore[list-item]
+        passes.select([3])  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
