@@ -8,6 +8,7 @@ All figures are per sample: a dynamic batch counts as 1.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -218,9 +219,15 @@ def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
     return Cost(elementwise=_elementwise(node, name, out, sizes), nodes=1)
 
 
-def graph_cost(gm: fx.GraphModule) -> Cost:
-    """Cost of a whole graph, per sample; parameters that no node reads are not counted."""
-    sizes = Sizes(gm.graph)
+def graph_cost(gm: fx.GraphModule, shapes: Mapping[str, Sequence[int]] | None = None) -> Cost:
+    """Cost of a whole graph, per sample; parameters that no node reads are not counted.
+
+    Args:
+        gm: A captured graph.
+        shapes: Sizes of inputs by the name of their placeholder, which stand for the example's where these
+            are free.
+    """
+    sizes = Sizes(gm.graph, shapes)
     constant = constant_nodes(gm.graph)
     total = Cost()
     attributes = {

@@ -8,7 +8,7 @@ factored (a merged `batch * 196` then divides without ambiguity), to the real si
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -89,8 +89,20 @@ class Sizes:
             `(s - 1) // 512 + 1` for an `s` up to 512.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        """Collect the symbols of a graph from the shapes of its values."""
+    def __init__(self, graph: fx.Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Collect the symbols of a graph from the shapes of its values.
+
+        Args:
+            graph: The graph.
+            shapes: Sizes of inputs by the name of their placeholder, which stand for the example's.
+        """
+        given: dict[sympy.Expr, int] = {}
+        for node in graph.nodes:
+            if shapes is not None and node.op == "placeholder" and node.name in shapes:
+                own: tuple[int | torch.SymInt, ...] = tuple(tensor_meta(node).shape)
+                for size, number in zip(own, shapes[node.name], strict=True):
+                    if not isinstance(size, int):
+                        given[size.node.expr] = number
         batch: dict[sympy.Symbol, None] = {}
         others: dict[sympy.Symbol, int] = {}
         expressions: dict[sympy.Expr, None] = {}
@@ -112,7 +124,10 @@ class Sizes:
                         others.pop(symbol, None)
                         batch[symbol] = None
                     elif symbol not in batch:
-                        others.setdefault(symbol, _in_example(node, axis, size, symbol))
+                        found = given.get(symbol)
+                        others.setdefault(
+                            symbol, _in_example(node, axis, size, symbol) if found is None else found
+                        )
         self.batch = tuple(batch)
         self.others = tuple(others.items())
         tokens: dict[sympy.Expr, None] = dict.fromkeys((*batch, *others))

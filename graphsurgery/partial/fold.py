@@ -106,6 +106,8 @@ def _fold(module: nn.Module, calls: Sequence[Inputs], settings: Settings) -> Out
             if depends_on_values(error.__cause__):
                 break
             continue
+        # The example may be larger than any call: see `_attempts`.
+        result.count_at([tensor.shape for tensor in max(calls, key=size).tensors()])
         report = result.report
         idle = _idle(report, settings)
         if idle:
@@ -133,6 +135,8 @@ def _idle(report: Report, settings: Settings) -> str:
     before, after = report.before, report.after
     if settings.passes is None and (after.flops, after.parameters) == (before.flops, before.parameters):
         return f"its {len(report.changes)} changes save no work: {before.flops:,} FLOPs before and after"
+    if settings.passes is None and settings.cost is None and after.flops > before.flops:
+        return f"its changes take more work in the calls: {before.flops:,} -> {after.flops:,} FLOPs"
     return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from graphsurgery.export import ExportResult, export_onnx, free_call, latency_ms
 from graphsurgery.export.files import staged
 from graphsurgery.pipeline.proof import Proof
 from graphsurgery.report import OnnxFile, Report
+from graphsurgery.report.build import figures
 from graphsurgery.restore import restore
-from graphsurgery.values import EXAMPLE_SHAPE
+from graphsurgery.values import EXAMPLE_SHAPE, is_tensor
 
 __all__ = ["OptimizeResult"]
 
@@ -49,6 +51,18 @@ class OptimizeResult:
     def original(self) -> nn.Module | ExportedProgram:
         """The model as it was given."""
         return self._proof.original
+
+    def count_at(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Count the figures of the report for inputs of other sizes than the example's, where these are free.
+
+        Args:
+            shapes: Sizes of the flat tensor inputs, in order.
+        """
+        before, after = (
+            figures(gm, dict(zip((node.name for node in _tensor_inputs(gm)), shapes, strict=True)))
+            for gm in (self._proof.captured, self.graph_module)
+        )
+        self.report = replace(self.report, before=before, after=after)
 
     def export_onnx(
         self,
@@ -152,6 +166,10 @@ class OptimizeResult:
             raise VerificationError(
                 f"{target} is not kept, as what is loaded from it differs: {error}"
             ) from error
+
+
+def _tensor_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder" and is_tensor(node)]
 
 
 def _accept(program: ExportedProgram, args: Any, kwargs: Any) -> None:

@@ -54,9 +54,9 @@ def build_report(
     )
 
 
-def figures(gm: fx.GraphModule) -> Figures:
-    """Layers and costs of a captured graph, per sample."""
-    cost = graph_cost(gm)
+def figures(gm: fx.GraphModule, shapes: Mapping[str, Sequence[int]] | None = None) -> Figures:
+    """Layers and costs of a captured graph, per sample; `shapes` as for `graph_cost`."""
+    cost = graph_cost(gm, shapes)
     return Figures(layer_counts(gm), cost.nodes, cost.params, cost.macs, cost.flops)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -475,3 +476,46 @@ def test_an_array_of_numpy_is_compared_like_a_tensor(monkeypatch: pytest.MonkeyP
         assert_close(torch.from_numpy(result.module(x)), torch.from_numpy(model(x)))
     spoil_after_its_check(monkeypatch, lambda module: True)
     assert statuses(gs.optimize_parts(model, x))["body"] == "whole-differs"
+
+
+class Narrowing(nn.Module):
+    """A backbone whose last map has one position, which is captured on larger pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [
+            (nn.Conv2d(3 if first else 8, 8, 3, 2, padding=1), nn.BatchNorm2d(8))
+            for first in (True, False, False, False)
+        ]
+        self.backbone = nn.Sequential(*(layer for pair in layers for layer in pair))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.backbone(x)
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("side", [16, 64])
+def test_work_is_counted_at_the_sizes_of_the_call(side: int, batch: int) -> None:
+    torch.manual_seed(0)
+    result = gs.optimize_parts(Narrowing().eval(), torch.randn(batch, 3, side, side))
+    found = part(result, "backbone")
+    assert found.status == "folded", found.reason
+    assert found.report is not None
+    positions = [(side // 2**step) ** 2 for step in (1, 2, 3, 4)]
+    by_hand = 8 * 27 * positions[0] + 8 * 72 * sum(positions[1:])
+    assert found.report.before.macs == found.report.after.macs == by_hand
+    assert found.report.after.flops < found.report.before.flops
+
+
+def test_a_part_that_takes_more_work_in_the_calls_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever pays on the larger pictures of the capture."""
+
+    def dearer(self: gs.OptimizeResult, shapes: object) -> None:
+        more = dataclasses.replace(self.report.before, flops=self.report.before.flops + 1)
+        self.report = dataclasses.replace(self.report, after=more)
+
+    monkeypatch.setattr(gs.OptimizeResult, "count_at", dearer)
+    found = part(gs.optimize_parts(Narrowing().eval(), torch.randn(2, 3, 16, 16)), "backbone")
+    assert found.status == "unchanged"
+    assert "take more work in the calls" in found.reason
