@@ -1,12 +1,12 @@
 """Attention over other than four axes, which torch's exporter cannot translate, on four.
 
 `(B, ..., L, D)` with several axes between batch and length (Hiera has heads and windows) becomes
-`(B, H, L, D)` and back; `(B, L, D)` gets one head.
+`(B, H, L, D)` and back; `(B, L, D)` gets one head. A mask of more than two axes goes the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 def on_four_axes(program: ExportedProgram) -> int:
     """Rewrite attention in an exported program, in place, before it is translated.
 
-    Attention with a mask of more than two axes, or with free sizes between batch and length, is left alone.
+    Attention with free sizes between batch and length, or with a mask of more axes than the query has, is
+    left alone.
 
     Args:
         program: The program; its nodes carry fake values.
@@ -37,6 +38,9 @@ def on_four_axes(program: ExportedProgram) -> int:
         query = node.args[0].meta["val"]
         with gm.graph.inserting_before(node):
             changed = tuple(_four(gm, value) for value in node.args[:3])
+            mask = _mask(node)
+            if mask is not None and mask.meta["val"].ndim > 2:
+                node.replace_input_with(mask, _aligned(gm, mask, query.shape))
         node.args = (*changed, *node.args[3:])
         annotate(gm, node)
         with gm.graph.inserting_after(node):
@@ -54,13 +58,30 @@ def on_four_axes(program: ExportedProgram) -> int:
 
 def _fits(node: fx.Node) -> bool:
     values = [value.meta["val"] for value in node.args[:3] if isinstance(value, fx.Node)]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if len(values) != 3 or len({value.ndim for value in values}) != 1 or values[0].ndim in (2, 4):
         return False
-    if isinstance(mask, fx.Node) and mask.meta["val"].ndim > 2:
+    mask = _mask(node)
+    if mask is not None and mask.meta["val"].ndim > values[0].ndim:
         return False
     heads = [tuple(value.shape[1:-2]) for value in values]
     return heads[0] == heads[1] == heads[2] and all(isinstance(size, int) for size in heads[0])
+
+
+def _mask(node: fx.Node) -> fx.Node | None:
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return mask if isinstance(mask, fx.Node) else None
+
+
+def _aligned(gm: fx.GraphModule, mask: fx.Node, query: Sequence[Any]) -> fx.Node:
+    """Return the mask, of more than two axes, with the axes between batch and length of the query."""
+    while mask.meta["val"].ndim < len(query):
+        mask = _call(gm, torch.ops.aten.unsqueeze.default, mask, 0)
+        annotate(gm, mask)
+    between = [int(size) for size in query[1:-2]]
+    if [*mask.meta["val"].shape[1:-2]] != between:
+        mask = _call(gm, torch.ops.aten.expand.default, mask, [-1, *between, -1, -1])
+        annotate(gm, mask)
+    return _four(gm, mask)
 
 
 def _four(gm: fx.GraphModule, value: Any) -> fx.Node:

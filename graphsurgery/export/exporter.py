@@ -173,8 +173,10 @@ def _translate(
     except ExportError as error:
         raise ExportError(f"{type(module).__name__} cannot be translated to ONNX: {error}") from error
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
+        reason = _reason(error)
+        advice = _GROUPED_ADVICE if "transformers.grouped_mm" in reason else ""
         raise ExportError(
-            f"{type(module).__name__} cannot be translated to ONNX: {type(error).__name__}: {_reason(error)}"
+            f"{type(module).__name__} cannot be translated to ONNX: {type(error).__name__}: {reason}{advice}"
         ) from error
     if found is None:
         raise ExportError(
@@ -200,6 +202,11 @@ def _translate(
 
 def _opset(model: onnx_ir.Model) -> int:
     return int(model.opset_imports[""])
+
+
+_GROUPED_ADVICE = (  # experts of transformers; batched products are their other form that can be traced
+    '; call model.set_experts_implementation("batched_mm") before gs.optimize'
+)
 
 
 def _reason(error: BaseException) -> str:

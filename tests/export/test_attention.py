@@ -80,3 +80,70 @@ def test_attention_with_a_trained_bias_is_exported(tmp_path: Path) -> None:
     assert written.verdict is not None
     assert written.verdict.ok
     assert {1, 2} < set(written.verdict.batch_sizes)
+
+
+class Masked(nn.Module):
+    """Attention over three axes or five with a mask of several axes."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(*parts, attn_mask=self.mask)
+        answer: Tensor = self.out(mixed)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("axes", "mask"),
+    [
+        ((5,), (1, 5, 5)),
+        ((5,), (1, 1, 5)),
+        ((3, 4, 5), (3, 4, 5, 5)),
+        ((3, 4, 5), (1, 3, 1, 5, 5)),
+        ((3, 4, 5), (4, 5, 5)),
+        ((3, 4, 5), (3, 1, 1, 5)),
+    ],
+)
+@pytest.mark.parametrize("boolean", [False, True])
+def test_masks_of_several_axes_are_exported(
+    axes: tuple[int, ...], mask: tuple[int, ...], boolean: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(mask)
+    if boolean:
+        scores = scores > 0
+        scores[..., 2] = True
+    x = torch.randn(2, *axes, 8)
+    written = gs.optimize(Masked(scores).eval(), x).export_onnx(tmp_path / "masked.onnx")
+    assert written.verdict is not None
+    assert written.verdict.ok
+    assert {1, 2} < set(written.verdict.batch_sizes)
+
+
+class WindowBias(nn.Module):
+    """As in SAM: heads within the batch, and a bias that is made of the query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.places, self.out = nn.Linear(8, 24), nn.Linear(4, 6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).reshape(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.reshape(3, x.shape[0] * 2, 6, 4).unbind(0)
+        bias = self.places(query)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        joined = mixed.view(x.shape[0], 2, 6, 4).transpose(1, 2).reshape(x.shape[0], 6, 8)
+        answer: Tensor = self.out(joined)
+        return answer
+
+
+def test_a_bias_made_of_the_query_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    written = gs.optimize(WindowBias().eval(), torch.randn(2, 6, 8)).export_onnx(tmp_path / "windows.onnx")
+    assert written.verdict is not None
+    assert written.verdict.ok
+    assert {1, 2} < set(written.verdict.batch_sizes)

@@ -333,3 +333,26 @@ def test_the_batch_is_named_in_shapes_that_the_translation_has_frozen(tmp_path: 
     values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
     free = {dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim} - {""}
     assert free == {"batch"}
+
+
+def test_experts_of_transformers_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        use_cache=False,
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    tokens = {"input_ids": torch.randint(0, 50, (2, 6))}
+    with pytest.raises(ExportError, match=r'set_experts_implementation\("batched_mm"\) before gs.optimize'):
+        gs.optimize(model, tokens).export_onnx(tmp_path / "experts.onnx")
+    model.set_experts_implementation("batched_mm")
+    written = gs.optimize(model, tokens).export_onnx(tmp_path / "experts.onnx")
+    assert written.verdict is not None
+    assert written.verdict.ok
