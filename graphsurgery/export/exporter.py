@@ -23,6 +23,7 @@ from graphsurgery.errors import ExportError
 from graphsurgery.export.attention import on_four_axes
 from graphsurgery.export.by_node import BY_NODE_NOTE
 from graphsurgery.export.divisors import write_divisors
+from graphsurgery.export.few_channels import few_channels_as_matmul
 from graphsurgery.export.files import commit, data_name, staging
 from graphsurgery.export.gemm import linears_as_gemm
 from graphsurgery.export.keys import transpose_keys
@@ -192,6 +193,7 @@ def _translate(
     hide_rows(model)
     transpose_keys(model)
     linears_as_gemm(model)
+    few_channels_as_matmul(model)
     NameFixPass()(model)
     _strip_traces(model)
     given = _size_names(module, input_names(info, example) or [], getattr(info, "size_names", {}))
