@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir
 
+from graphsurgery.export.views import view
+
 __all__ = ["few_channels_as_matmul"]
 
 _BLOCK = 16
@@ -47,13 +49,13 @@ def few_channels_as_matmul(model: onnx_ir.Model) -> int:
             continue
         wide, channels, height, width = found.sizes
         old = conv.outputs[0]
-        made = _view(found.x, [0, channels, height * width])
+        made = view(found.x, [0, channels, height * width])
         _reshape(found.weight, [wide, channels])
         made.append(onnx_ir.node("MatMul", inputs=[found.weight, made[-1].outputs[0]]))
         if found.bias is not None:
             _reshape(found.bias, [wide, 1])
             made.append(onnx_ir.node("Add", inputs=[made[-1].outputs[0], found.bias]))
-        made += _view(made[-1].outputs[0], [0, wide, height, width])
+        made += view(made[-1].outputs[0], [0, wide, height, width])
         for node in made:
             graph.insert_before(conv, node)
             if node.op_type != "Constant":
@@ -130,9 +132,3 @@ def _reshape(weight: onnx_ir.Value, sizes: list[int]) -> None:
         raise RuntimeError(f"{weight.name} has no value")
     weight.const_value = onnx_ir.tensor(tensor.numpy().reshape(sizes), name=weight.name)
     weight.shape = onnx_ir.Shape(sizes)
-
-
-def _view(value: onnx_ir.Value, sizes: list[int]) -> list[onnx_ir.Node]:
-    tensor = onnx_ir.tensor(sizes, dtype=onnx_ir.DataType.INT64)
-    shape = onnx_ir.node("Constant", inputs=[], attributes={"value": tensor})
-    return [shape, onnx_ir.node("Reshape", inputs=[value, shape.outputs[0]])]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from graphsurgery.export.views import view
+
 __all__ = ["linears_as_gemm"]
 
 
@@ -32,17 +34,13 @@ def linears_as_gemm(model: onnx_ir.Model) -> int:
         x, weight, bias, sizes = found
         graph, old = add.graph, add.outputs[0]
         width_in, width_out = _constant_sizes(weight) or ()
-        flat = _view(x, [-1, width_in])
-        product = onnx_ir.node("Gemm", inputs=[flat.outputs[0], weight, bias])
-        product.outputs[0].type = flat.outputs[0].type = x.type
-        back = _view(product.outputs[0], [*sizes, width_out])
-        new = back.outputs[0]
+        flat = view(x, [-1, width_in])
+        product = onnx_ir.node("Gemm", inputs=[flat[-1].outputs[0], weight, bias])
+        product.outputs[0].type = flat[-1].outputs[0].type = x.type
+        back = view(product.outputs[0], [*sizes, width_out])
+        new = back[-1].outputs[0]
         new.name, new.shape, new.type = old.name, old.shape, old.type
-        for node in (flat, product, back):
-            for part in node.inputs[1:2]:
-                made = part.producer() if part is not None else None
-                if made is not None and made.graph is None:
-                    graph.insert_before(add, made)
+        for node in (*flat, product, *back):
             graph.insert_before(add, node)
         onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(add, safe=True)
@@ -50,12 +48,6 @@ def linears_as_gemm(model: onnx_ir.Model) -> int:
     if changed:
         RemoveUnusedNodesPass()(model)
     return changed
-
-
-def _view(value: onnx_ir.Value, sizes: list[int]) -> onnx_ir.Node:
-    tensor = onnx_ir.tensor(sizes, dtype=onnx_ir.DataType.INT64)
-    shape = onnx_ir.node("Constant", inputs=[], attributes={"value": tensor})
-    return onnx_ir.node("Reshape", inputs=[value, shape.outputs[0]])
 
 
 def _linear(add: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value, list[int]] | None:

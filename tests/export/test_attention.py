@@ -124,6 +124,28 @@ def test_masks_of_several_axes_are_exported(
     assert {1, 2} < set(written.verdict.batch_sizes)
 
 
+class Biases(nn.Module):
+    """Attention over five axes with a bias made of the input: its batch is free, its windows are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.places, self.out = nn.Linear(8, 24), nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.places(x).mean(2, keepdim=True)
+        mixed = nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), attn_mask=bias)
+        answer: Tensor = self.out(mixed)
+        return answer
+
+
+def test_a_bias_of_five_axes_keeps_its_free_batch(tmp_path: Path) -> None:
+    written = gs.optimize(Biases().eval(), torch.randn(2, 3, 4, 5, 8)).export_onnx(tmp_path / "biases.onnx")
+    assert written.verdict is not None
+    assert written.verdict.ok
+    assert {1, 2} < set(written.verdict.batch_sizes)
+
+
 class WindowBias(nn.Module):
     """As in SAM: heads within the batch, and a bias that is made of the query."""
 
