@@ -125,9 +125,15 @@ def test_inductor_is_beside_torch_eager(show: ModuleType) -> None:
 
 def test_where_another_tool_is_faster_is_listed(show: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(show.REASONS, "two", "a missing fold")
-    text = show.document(results())
-    assert row(text, "two", "1", "1", "timm / peft")[4] == "1.50 (1.00 to 2.00)"
-    assert row(text, "two", "1", "1", "timm / peft")[-1] == "a missing fold"
+    lines = results()
+    text = show.document(lines)
+    assert row(text, "two", "1", "1", "timm / peft")[4:6] == ["1.50 (1.00 to 2.00)", "2 of 3 blocks"]
+    assert row(text, "two", "1", "1", "timm / peft")[-1] == show.SPREAD
+    again = {"plain_export": [6.0] * 5, "timm_or_peft": [2.0] * 5}
+    lines.append(timed("two", **again, graphsurgery=[3.0] * 5))
+    assert row(show.document(lines), "two", "1", "1", "timm / peft")[-1] == "a missing fold"
+    lines.append(timed("two", **again, graphsurgery=[3.0] * 4 + [2.0]))  # 6 of 32 such rows come by chance
+    assert row(show.document(lines), "two", "1", "1", "timm / peft")[5:] == ["4 of 5 blocks", show.SPREAD]
     assert row(text, "same", "1", "1")[-1] == "1.010 (1.000 to 1.020)"
 
 

@@ -42,6 +42,12 @@ def line(name: str, **changed: Any) -> dict[str, Any]:
     }
 
 
+def timing(name: str, *, ratio: float, exporter: str = "torch") -> dict[str, Any]:
+    spread = {"least": ratio - 0.01, "most": ratio + 0.01}
+    found = {"exporter": exporter, "before_ms": 4, "after_ms": 4 * ratio, "ratio": ratio, **spread}
+    return {**line(name, latency=found), "kind": "latency"}
+
+
 def failed(name: str, stage: str, *, named: bool) -> dict[str, Any]:
     error = {
         "class": "SomeError",
@@ -64,18 +70,19 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
         failed("no file", "onnx", named=True),
         failed("not built", "make", named=False),
         line("too long", ended="over 180 s of processor time", stage="plain export"),
-        {
-            **line("good", latency={"ratio": 1.05, "least": 1, "most": 2, "before_ms": 1, "after_ms": 1}),
-            "kind": "latency",
-        },
+        timing("good", ratio=1.05),
+        timing("static", ratio=0.5, exporter="graphsurgery"),
     ]
     text = table().document(lines)
     summary = text.split("\n\n")[1]
     assert summary.startswith("**7 networks: 71.4 % captured (2 not), 1 wrong, 0 declined")
     assert "by verification in part or whole, 1 crashed with anything but a named error" in summary
     assert "1 over a limit, 1 without an ONNX file; tool time / export time 0.50 in the median" in summary
-    assert summary.endswith("; 1 of 1 slower than 1.03.**")
-    assert "| made up | 7 | 5 | 4 | 4 | 4 | 0.75 | 1.00 | 0.50 | 1.05 |" in text
+    assert "; latency of 2: 0.72 in the geometric mean, 1 slower than 1.03, 1 faster than 0.97.**" in summary
+    assert "| made up | 7 | 5 | 4 | 4 | 4 | 0.75 | 1.00 | 0.50 | 0.78 |" in text
+    assert "## Slower than 1.03: 1\n" in text
+    assert "| good | 4.00, 4.20 | 1.05 (1.04 to 1.06) |" in text
+    assert "| 4.00\\*, 2.00 | 0.50 (0.49 to 0.51) |" in text
     assert "| crashed | SomeError (not named) | no \\| such thing at model.py:3 |" in text
     assert "| static | why |" in text
     assert "| wrong |  | free | **different** | equal | 8 → 6 |" in text
@@ -89,7 +96,6 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
 @pytest.mark.skipif(not RECORD.exists(), reason="no sweep was run yet")
 def test_what_verification_declined_is_counted_and_its_latency_left_out() -> None:
     """A wrong result is never handed out, so that count alone would be zero whatever happens."""
-    slow = {"ratio": 1.5, "least": 1.4, "most": 1.6, "before_ms": 1, "after_ms": 1.5}
     other = failed("file differs", "onnx", named=True)
     other["errors"]["onnx"]["class"] = "VerificationError"
     lines = [
@@ -98,14 +104,15 @@ def test_what_verification_declined_is_counted_and_its_latency_left_out() -> Non
         other,
         failed("no file", "onnx", named=True),
     ]
-    lines += [{**line(name, latency=slow), "kind": "latency"} for name in ("undone", "file differs", "gone")]
-    lines.append({**line("good", latency={**slow, "ratio": 0.5}), "kind": "latency"})
+    lines += [timing(name, ratio=1.5) for name in ("undone", "file differs", "gone")]
+    lines.append(timing("good", ratio=0.5))
     text = table().document(lines)
     assert "4 of 9 networks" in text.split("\n\n")[1]
     assert "0 wrong, 2 declined by verification in part or whole" in text.split("\n\n")[1]
-    assert "0 of 1 slower than 1.03" in text.split("\n\n")[1]
+    assert "latency of 1: 0.50 in the geometric mean, 0 slower than 1.03" in text.split("\n\n")[1]
     assert "Latencies of 3 networks are left out" in text
-    assert "1.50 (1.40 to 1.60)" not in text
+    assert "1.50 (1.49 to 1.51)" not in text
+    assert "## Slower" not in text
 
 
 def test_the_document_is_made_of_its_record() -> None:

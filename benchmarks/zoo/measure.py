@@ -65,6 +65,7 @@ def latency(entry: Entry, tell: Tell) -> None:
     """Milliseconds on onnxruntime of the plain export and of the result, one thread, interleaved.
 
     The file that is timed is compared with the model first: it is made anew, not the one that `survey` saw.
+    Where `torch.onnx.export` has no file of the network as it is, graphsurgery's exporter writes it.
     """
     made = _made(entry, tell)
     if made is None:
@@ -77,7 +78,12 @@ def latency(entry: Entry, tell: Tell) -> None:
     with tempfile.TemporaryDirectory() as folder, _stage("latency", tell):
         info = capture_info(result.graph_module)
         files = [Path(folder) / "plain.onnx", Path(folder) / "ours.onnx"]
-        export_onnx(model, info, files[0], verify=False)
+        try:
+            _plain_export(model, result, files[0])
+            exporter = "torch"
+        except Exception:  # noqa: BLE001 - whatever torch raises, `survey` has told it
+            export_onnx(model, info, files[0], verify=False)
+            exporter = "graphsurgery"
         result.export_onnx(files[1])
         leaves = torch.utils._pytree.tree_leaves((info.args, info.kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -86,6 +92,7 @@ def latency(entry: Entry, tell: Tell) -> None:
         before, after = zip(*pairs, strict=True)
         ratios = sorted(ours / plain for plain, ours in pairs)
         found = {
+            "exporter": exporter,
             "before_ms": statistics.median(before),
             "after_ms": statistics.median(after),
             "ratio": statistics.median(ratios),

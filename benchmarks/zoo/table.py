@@ -23,10 +23,12 @@ two. "Equal" is the verdict of [the verification](verification.md): in torch wit
 float64 besides, and of the ONNX file on onnxruntime without and with its optimisations. Nodes,
 multiplications (MACs) and FLOPs are counted per sample. Tool time is `gs.optimize` with its verification;
 export time is `torch.onnx.export(dynamo=True)` of the same network; both are processor time, in one warm
-process. Latency is onnxruntime's on one thread: the network as it is and the result, both written by
-graphsurgery's exporter, run by run in turn. Figures of a family are medians, after by before for nodes, MACs
-and latency. A result is handed out, and a file written, only where verification finds it equal, so "wrong"
-should be none; what verification declined, a captured graph, a change or a file, is counted beside it."""
+process. Latency is onnxruntime's on one thread, in milliseconds: the file that
+`torch.onnx.export(dynamo=True)` makes of the network, and the result's, run by run in turn; where torch's
+export fails, graphsurgery's exporter writes the first file too, of the network as it is (marked \\*). Figures
+of a family are medians, after by before for nodes, MACs and latency. A result is handed out, and a file
+written, only where verification finds it equal, so "wrong" should be none; what verification declined, a
+captured graph, a change or a file, is counted beside it."""
 
 COLUMNS = (
     "family",
@@ -66,6 +68,7 @@ def document(lines: Sequence[Line]) -> str:
         )
     parts = ["# Architectures", summary(surveys, timed), INTRODUCTION, coverage + _versions(lines)]
     parts.append(_families(surveys, timed))
+    parts += _slow(timed)
     parts += _troubles(surveys)
     parts += ["## Every network", _every(surveys, timed)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -80,7 +83,6 @@ def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
     ended = [line for line in built if line["ended"]]
     unwritten = [line for line in built if "onnx" in line.get("errors", {})]
     ratios = [ratio for line in built if (ratio := _tool_ratio(line)) is not None]
-    slow = [name for name, found in timed.items() if found["ratio"] > SLOW]
     declined = [line for line in built if _declined(line)]
     count = f"{len(built)} of {listed}" if (listed := _listed(surveys)) > len(surveys) else str(len(built))
     text = (
@@ -90,8 +92,13 @@ def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
         f"named error, {len(ended)} over a limit, {len(unwritten)} without an ONNX file; "
         f"tool time / export time {_number(ratios)} in the median"
     )
-    text += f"; {len(slow)} of {len(timed)} slower than {SLOW}.**" if timed else "; latency not measured.**"
-    return text
+    if not timed:
+        return text + "; latency not measured.**"
+    latencies = [found["ratio"] for found in timed.values()]
+    slow = sum(ratio > SLOW for ratio in latencies)
+    fast = sum(ratio < 1 / SLOW for ratio in latencies)
+    text += f"; latency of {len(timed)}: {statistics.geometric_mean(latencies):.2f} in the geometric mean, "
+    return text + f"{slow} slower than {SLOW}, {fast} faster than {1 / SLOW:.2f}.**"
 
 
 # -- what a line says ---------------------------------------------------------------------------------------
@@ -219,11 +226,7 @@ def _every(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
     rows = []
     for line in surveys:
         latency = timed.get(line["name"])
-        spread = (
-            f"{latency['ratio']:.2f} ({latency['least']:.2f} to {latency['most']:.2f})" if latency else ""
-        )
-        times = f"{latency['before_ms']:.2f}, {latency['after_ms']:.2f}" if latency else ""
-        rows.append([line["name"], line["note"], *_figures(line), times, spread])
+        rows.append([line["name"], line["note"], *_figures(line), *_timing(latency)])
     columns = (
         "network",
         "picture",
@@ -237,6 +240,29 @@ def _every(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
     )
     table = _table((*columns, "ms before, after", "ratio (spread)"), rows)
     return f"<details><summary>{len(rows)} networks</summary>\n\n{table}\n\n</details>"
+
+
+def _timing(latency: Line | None) -> list[str]:
+    """Milliseconds before and after, and their ratio with its spread."""
+    if latency is None:
+        return ["", ""]
+    mark = "\\*" if latency["exporter"] != "torch" else ""
+    return [
+        f"{latency['before_ms']:.2f}{mark}, {latency['after_ms']:.2f}",
+        f"{latency['ratio']:.2f} ({latency['least']:.2f} to {latency['most']:.2f})",
+    ]
+
+
+def _slow(timed: dict[str, Line]) -> list[str]:
+    """The networks whose result takes longer, the slowest first."""
+    found = sorted((-found["ratio"], name) for name, found in timed.items() if found["ratio"] > SLOW)
+    if not found:
+        return []
+    rows = [[name, *_timing(timed[name])] for _, name in found]
+    return [
+        f"## Slower than {SLOW}: {len(rows)}",
+        _table(("network", "ms before, after", "ratio (spread)"), rows),
+    ]
 
 
 def _figures(line: Line) -> list[str]:
