@@ -115,6 +115,17 @@ def test_what_verification_declined_is_counted_and_its_latency_left_out() -> Non
     assert "## Slower" not in text
 
 
+def test_networks_without_a_latency_are_named_or_counted() -> None:
+    lines = [line("good"), line("long"), line("broken"), line("later")]
+    assert "not timed" not in table().document(lines)
+    lines += [timing("good", ratio=1.0)]
+    lines.append({**line("long", ended="over 180 s of processor time"), "kind": "latency"})
+    error = {"class": "SomeError", "named": True, "message": "no"}
+    lines.append({**line("broken", errors={"latency": error}, stage="latency"), "kind": "latency"})
+    text = table().document(lines)
+    assert "Without a latency: broken (SomeError), long (over 180 s of processor time). 1 were not" in text
+
+
 def test_the_document_is_made_of_its_record() -> None:
     lines = [json.loads(text) for text in RECORD.read_text(encoding="utf-8").splitlines()]
     document = (TREE / "docs" / "architectures.md").read_text(encoding="utf-8")

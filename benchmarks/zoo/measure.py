@@ -65,7 +65,8 @@ def latency(entry: Entry, tell: Tell) -> None:
     """Milliseconds on onnxruntime of the plain export and of the result, one thread, interleaved.
 
     The file that is timed is compared with the model first: it is made anew, not the one that `survey` saw.
-    Where `torch.onnx.export` has no file of the network as it is, graphsurgery's exporter writes it.
+    Where `torch.onnx.export` makes no file of the network as it is, or none that onnxruntime runs,
+    graphsurgery's exporter writes it.
     """
     made = _made(entry, tell)
     if made is None:
@@ -78,15 +79,16 @@ def latency(entry: Entry, tell: Tell) -> None:
     with tempfile.TemporaryDirectory() as folder, _stage("latency", tell):
         info = capture_info(result.graph_module)
         files = [Path(folder) / "plain.onnx", Path(folder) / "ours.onnx"]
+        leaves = torch.utils._pytree.tree_leaves((info.args, info.kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         try:
             _plain_export(model, result, files[0])
+            latency_ms(files[:1], tensors, 1)
             exporter = "torch"
-        except Exception:  # noqa: BLE001 - whatever torch raises, `survey` has told it
+        except Exception:  # noqa: BLE001 - torch's own, or that of a file which onnxruntime does not take
             export_onnx(model, info, files[0], verify=False)
             exporter = "graphsurgery"
         result.export_onnx(files[1])
-        leaves = torch.utils._pytree.tree_leaves((info.args, info.kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         repeats = _repeats(latency_ms(files, tensors, 3, threads=1))
         pairs = [latency_ms(files, tensors, repeats, threads=1) for _ in range(BLOCKS)]
         before, after = zip(*pairs, strict=True)

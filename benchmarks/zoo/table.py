@@ -25,10 +25,10 @@ multiplications (MACs) and FLOPs are counted per sample. Tool time is `gs.optimi
 export time is `torch.onnx.export(dynamo=True)` of the same network; both are processor time, in one warm
 process. Latency is onnxruntime's on one thread, in milliseconds: the file that
 `torch.onnx.export(dynamo=True)` makes of the network, and the result's, run by run in turn; where torch's
-export fails, graphsurgery's exporter writes the first file too, of the network as it is (marked \\*). Figures
-of a family are medians, after by before for nodes, MACs and latency. A result is handed out, and a file
-written, only where verification finds it equal, so "wrong" should be none; what verification declined, a
-captured graph, a change or a file, is counted beside it."""
+export fails, or onnxruntime does not run its file, graphsurgery's exporter writes the first file too, of the
+network as it is (marked \\*). Figures of a family are medians, after by before for nodes, MACs and latency. A
+result is handed out, and a file written, only where verification finds it equal, so "wrong" should be none;
+what verification declined, a captured graph, a change or a file, is counted beside it."""
 
 COLUMNS = (
     "family",
@@ -66,12 +66,26 @@ def document(lines: Sequence[Line]) -> str:
             f"Latencies of {len(every) - len(timed)} networks are left out, as their results were not "
             "verified whole. "
         )
+    coverage += _untimed(lines, sound)
     parts = ["# Architectures", summary(surveys, timed), INTRODUCTION, coverage + _versions(lines)]
     parts.append(_families(surveys, timed))
     parts += _slow(timed)
     parts += _troubles(surveys)
     parts += ["## Every network", _every(surveys, timed)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _untimed(lines: Sequence[Line], sound: set[str]) -> str:
+    """A sentence about networks that should have a latency and have none; nothing before any was taken."""
+    tried = {line["name"]: line for line in lines if line["kind"] == "latency"}
+    why = {
+        name: line["ended"] or line.get("errors", {}).get(line.get("stage"), {}).get("class", "no result")
+        for name, line in tried.items()
+        if name in sound and "latency" not in line
+    }
+    found = ", ".join(f"{name} ({reason})" for name, reason in sorted(why.items()))
+    text = f"Without a latency: {found}. " if found else ""
+    return text + (f"{rest} were not timed. " if tried and (rest := len(sound - set(tried))) else "")
 
 
 def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
