@@ -41,6 +41,10 @@ _MOVEMENT = frozenset((
     "replication_pad1d", "replication_pad2d", "replication_pad3d", "_pad_circular",
 ))
 # fmt: on
+_PERMUTES = frozenset(("permute", "transpose", "t", "numpy_T"))
+_ONE_BY_ONE = 8
+"""What an element costs that is copied alone, in elements of rows that are copied whole."""
+
 _KINDS = {
     "conv": (
         "conv1d",
@@ -76,7 +80,8 @@ class Cost:
     Attributes:
         macs: heavy multiplications (each one multiply and one add).
         elementwise: elements written by all other arithmetic (activations, norms, adds, pool reads).
-        moved: elements copied by permutes, concatenations, splits, pads and gathers.
+        moved: elements copied by permutes, concatenations, splits, pads and gathers; those that a permute
+            has to copy one by one count eight times (`copied`).
         params: numbers held in parameters and buffers that it reads.
         nodes: calls that a runtime executes.
     """
@@ -106,8 +111,9 @@ class Cost:
 
     def __str__(self) -> str:
         """One line for refusals and tables."""
-        macs = f"{self.macs:,} MACs, {self.elementwise:,} elementwise"
-        return f"{macs}, {self.params:,} parameters, {self.nodes} nodes"
+        moved = f", {self.moved:,} moved" if self.moved else ""
+        work = f"{self.macs:,} MACs, {self.elementwise:,} elementwise{moved}"
+        return f"{work}, {self.params:,} parameters, {self.nodes} nodes"
 
 
 Score = tuple[float, ...]
@@ -191,6 +197,28 @@ def op_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def axis_order(node: fx.Node) -> list[int] | None:
+    """The order in which a permute reads the axes of its operand: output axis `i` is input axis `order[i]`.
+
+    Returns:
+        None if `node` is no permute.
+    """
+    name = op_name(node)
+    if name not in _PERMUTES or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    rank = node.meta["val"].dim()
+    order = list(range(rank))
+    if name in ("t", "numpy_T"):
+        return order[::-1]
+    arguments: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
+    if name == "transpose":
+        a, b = (axis % rank if rank else 0 for axis in arguments)
+        if rank:
+            order[a], order[b] = order[b], order[a]
+        return order
+    return [axis % rank for axis in arguments[0]]
+
+
 def kind_of(node: fx.Node) -> str:
     """The kind of layer: conv, linear, attention, norm, embedding, pool, movement, or elementwise."""
     return _KIND_OF.get(op_name(node), "elementwise")
@@ -211,12 +239,48 @@ def node_cost(node: fx.Node, sizes: Sizes | None = None) -> Cost:
         return Cost()
     if name in _VIEWS:
         return Cost(nodes=1)
+    order = axis_order(node)
+    if order is not None:
+        operand: Any = node.args[0]
+        return Cost(moved=copied(out, order, [sizes.at(n, 2) for n in tensor_meta(operand).shape]), nodes=1)
     if name in _MOVEMENT:
         return Cost(moved=out, nodes=1)
     macs = _macs(node, name, out, sizes)
     if macs is not None:
         return Cost(macs=macs, nodes=1)
     return Cost(elementwise=_elementwise(node, name, out, sizes), nodes=1)
+
+
+def copied(elements: int, order: Sequence[int], sizes: Sequence[int]) -> int:
+    """What a permute costs in elements of a copy that runs through memory.
+
+    onnxruntime copies rows whole where the last axis stays, and moves a single axis by transposing matrices;
+    both run at the speed of memory. All else it copies element by element, which takes 8 times as long
+    (measured by `benchmarks/permutes.py`). So two permutes of the first kinds may cost a quarter of the one
+    that does what both do.
+
+    Args:
+        elements: How many elements the value has, per sample.
+        order: Output axis `i` is input axis `order[i]`.
+        sizes: Sizes of the operand; of an axis that is free, any above 1.
+    """
+    blocks: list[list[int]] = []  # of axes that stay side by side
+    for axis in order:
+        if blocks and axis == blocks[-1][-1] + 1:
+            blocks[-1].append(axis)
+        else:
+            blocks.append([axis])
+    if _ascends([axis for axis in order if sizes[axis] != 1]):
+        return elements
+    rows = blocks[-1][-1] == len(order) - 1 and prod(sizes[axis] for axis in blocks[-1]) > 1
+    one_moves = any(
+        _ascends([axis for block in blocks if block is not moved for axis in block]) for moved in blocks
+    )
+    return elements if rows or one_moves else _ONE_BY_ONE * elements
+
+
+def _ascends(numbers: Sequence[int]) -> bool:
+    return list(numbers) == sorted(numbers)
 
 
 def graph_cost(gm: fx.GraphModule, shapes: Mapping[str, Sequence[int]] | None = None) -> Cost:

@@ -11,7 +11,7 @@ from random_chains import Call
 from torch import Tensor, nn
 
 from graphsurgery.capture import capture
-from graphsurgery.cost import Cost, graph_cost, layer_counts
+from graphsurgery.cost import Cost, copied, graph_cost, layer_counts
 
 
 def cost_of(model: nn.Module, *x: Tensor) -> Cost:
@@ -35,6 +35,8 @@ COUNTS: dict[str, tuple[Callable[[], nn.Module], Tensor, Cost]] = {
     "relu": (nn.ReLU, IMAGE, Cost(0, 192, 0, 0, 1)),
     "pool": (lambda: nn.AvgPool2d(2), IMAGE, Cost(0, 192, 0, 0, 1)),
     "permute": (lambda: Call(lambda x: x.permute(0, 2, 3, 1)), IMAGE, Cost(0, 0, 192, 0, 1)),
+    "transpose": (lambda: Call(lambda x: x.transpose(2, 3)), IMAGE, Cost(0, 0, 192, 0, 1)),
+    "reverse": (lambda: Call(lambda x: x.permute(0, 3, 2, 1)), IMAGE, Cost(0, 0, 8 * 192, 0, 1)),
     "view": (lambda: nn.Flatten(), IMAGE, Cost(0, 0, 0, 0, 1)),
     "matmul": (lambda: Call(lambda x: x @ x.transpose(-1, -2)), IMAGE, Cost(4 * 6 * 6 * 8, 0, 192, 0, 2)),
     "einsum": (
@@ -88,6 +90,36 @@ def test_a_split_copies_all_its_pieces(split: Callable[[Tensor], tuple[Tensor, .
 
 def test_a_slice_is_a_view() -> None:
     assert cost_of(Call(lambda x: torch.relu(x)[:, 1:3]), IMAGE).moved == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "sizes", "times"),
+    [
+        ((0, 1, 2), (5, 6, 7), 1),
+        ((1, 0), (5, 6), 1),  # a matrix
+        ((1, 2, 0), (5, 6, 7), 1),
+        ((0, 3, 4, 1, 2), (5, 6, 7, 8, 9), 1),  # two blocks change places
+        ((0, 4, 2, 3, 1), (5, 1, 6, 7, 8), 8),
+        ((0, 4, 1, 2, 3), (5, 1, 6, 7, 8), 1),
+        ((1, 0, 2, 3), (1, 5, 6, 7), 1),  # nothing moves
+        ((0, 3, 2, 1), (5, 6, 1, 7), 8),  # an axis of one is one that moves
+        ((2, 1, 0), (5, 6, 7), 8),
+        ((0, 2, 1, 3), (5, 6, 7, 2), 1),
+        ((2, 1, 0, 3), (5, 6, 7, 8), 1),  # rows of 8
+        ((2, 1, 0, 3), (5, 6, 7, 1), 8),
+        ((3, 1, 0, 2), (5, 6, 7, 8), 8),
+        ((0, 5, 1, 3, 2, 4), (2, 4, 4, 4, 4, 96), 8),
+        ((0, 1, 3, 2, 4, 5), (2, 4, 4, 4, 4, 96), 1),
+    ],
+)
+def test_elements_cost_more_than_rows(order: tuple[int, ...], sizes: tuple[int, ...], times: int) -> None:
+    assert copied(1000, order, sizes) == 1000 * times
+
+
+def test_a_free_batch_is_an_axis_that_moves() -> None:
+    dynamic = capture(Call(lambda x: x.permute(2, 1, 0)), (torch.randn(3, 5, 4),))
+    assert isinstance(next(iter(dynamic.graph.nodes)).meta["val"].shape[0], torch.SymInt)
+    assert graph_cost(dynamic).moved == 8 * 20
 
 
 def test_flops_are_two_per_multiplication_and_one_per_element() -> None:

@@ -58,7 +58,7 @@ def _options(region: Region, entry: tuple[int, ...]) -> list[Option]:
     found = []
     for form in candidates(region.axes, entry, region.tally.heavy > 0):
         if not _symbolic_views(region, form):
-            cost = program_cost(form.steps, form.slots, lambda n: scope.actual(n, 1))
+            cost = program_cost(form.steps, form.slots, scope.actual)
             found.append(Option(form, cost))
     if not found:
         raise NoFold("dynamic-shape", "its views would need more than one symbolic size")

@@ -13,7 +13,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from graphsurgery.cost import Cost
+from graphsurgery.cost import Cost, copied
 
 Shape = tuple[int, ...]
 Layout = tuple[tuple[int, ...], ...]
@@ -178,22 +178,31 @@ def run(
     return x
 
 
-def cost(steps: Sequence[Step], slots: Mapping[str, Shape], per_sample: Callable[[int], int]) -> Cost:
-    """What a program costs, per sample, parameters included."""
+def cost(steps: Sequence[Step], slots: Mapping[str, Shape], actual: Callable[[int, int], int]) -> Cost:
+    """What a program costs, per sample, parameters included.
+
+    Args:
+        steps: Its calls.
+        slots: Shapes of weight, bias, scale and shift.
+        actual: Turns a size written with primes into a real one, at a batch size.
+    """
     total = Cost(params=sum(prod(shape) for shape in slots.values()))
     for step in steps:
-        out = prod(per_sample(size) for size in step.out)
+        out = prod(actual(size, 1) for size in step.out)
         match step:
             case Reshape() | Take():
                 total += Cost(nodes=1)
-            case Permute() | Pad() | PixelShuffle():
+            case Permute(order, shape):
+                sizes = dict(zip(order, (actual(size, 2) for size in shape), strict=True))
+                total += Cost(moved=copied(out, order, [sizes[axis] for axis in range(len(order))]), nodes=1)
+            case Pad() | PixelShuffle():
                 total += Cost(moved=out, nodes=1)
             case Linear():
                 total += Cost(macs=out * step.features, nodes=1)
             case Conv():
                 total += Cost(macs=out * step.features * prod(step.kernel), nodes=1)
             case ConvTranspose():  # each element read meets out/groups * kernel weights
-                read = prod(per_sample(size) for size in step.into)
+                read = prod(actual(size, 1) for size in step.into)
                 total += Cost(macs=read * step.features * prod(step.kernel), nodes=1)
             case Scale() | Shift():
                 total += Cost(elementwise=out, nodes=1)

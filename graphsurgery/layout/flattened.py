@@ -11,8 +11,8 @@ from graphsurgery.affine.per_position import is_pointwise
 from graphsurgery.affine.pools import pool_call, pooled, takes_whole_map
 from graphsurgery.affine.region import Scope
 from graphsurgery.affine.spread import Flat, NoMap, linear_of
-from graphsurgery.cost import SPLITS, op_name
-from graphsurgery.rewrite.moves import axis_order, is_reshape, merged_axes
+from graphsurgery.cost import SPLITS, axis_order, op_name
+from graphsurgery.rewrite.moves import is_reshape, merged_axes
 from graphsurgery.values import is_tensor, tensor_meta
 
 __all__ = ["FlattenedMap", "HeadSearch", "without_channels"]

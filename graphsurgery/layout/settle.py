@@ -12,7 +12,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from graphsurgery.cost import op_name
+from graphsurgery.cost import axis_order, op_name
 from graphsurgery.graph import copy_graph_module
 from graphsurgery.layout import norms
 from graphsurgery.layout.certify import certificate
@@ -20,7 +20,6 @@ from graphsurgery.layout.choice import UNIT, Term, choose
 from graphsurgery.layout.orders import Order, moves, natural, relative, through
 from graphsurgery.layout.rules import Mode, Rule, rule_of
 from graphsurgery.layout.write import Writer
-from graphsurgery.rewrite.moves import axis_order
 from graphsurgery.values import Sizes, constant_nodes, is_tensor, tensor_meta
 
 __all__ = ["NORM_PRICES", "PREFERRED", "Settled", "permutes", "settle"]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphsurgery.cost import op_name
+from graphsurgery.cost import axis_order, op_name
 from graphsurgery.graph import annotate, fake_mode, origin
 from graphsurgery.layout.orders import Order, moves, natural, relative, through
-from graphsurgery.rewrite.moves import axis_order, is_reshape
+from graphsurgery.rewrite.moves import is_reshape
 from graphsurgery.values import Sizes, is_tensor, tensor_meta
 
 __all__ = ["Spelling", "Writer", "as_arguments", "permute", "sized_as"]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from graphsurgery.cost import op_name
-from graphsurgery.rewrite.moves import axis_order, is_reshape
+from graphsurgery.cost import axis_order, op_name
+from graphsurgery.rewrite.moves import is_reshape
 
 __all__ = ["IDENTITIES", "turns_signed_zero"]
 

@@ -8,36 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphsurgery.cost import op_name
+from graphsurgery.cost import axis_order, op_name
 
-__all__ = ["axis_order", "composed", "is_reshape", "merged_axes"]
+__all__ = ["composed", "is_reshape", "merged_axes"]
 
-_PERMUTES = frozenset(("permute", "transpose", "t", "numpy_T"))
 _RESHAPES = frozenset(["reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"])
 
 _aten = torch.ops.aten
-
-
-def axis_order(node: fx.Node) -> list[int] | None:
-    """The order in which a permute reads the axes of its operand: output axis `i` is input axis `order[i]`.
-
-    Returns:
-        None if `node` is no permute.
-    """
-    name = op_name(node)
-    if name not in _PERMUTES or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    rank = node.meta["val"].dim()
-    order = list(range(rank))
-    if name in ("t", "numpy_T"):
-        return order[::-1]
-    arguments: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
-    if name == "transpose":
-        a, b = (axis % rank if rank else 0 for axis in arguments)
-        if rank:
-            order[a], order[b] = order[b], order[a]
-        return order
-    return [axis % rank for axis in arguments[0]]
 
 
 def is_reshape(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pytest
@@ -564,6 +565,43 @@ def test_refuses_a_bottleneck_and_states_both_costs(hidden: int) -> None:
     assert (refusal.cost_before.macs, refusal.cost_after.macs) == (2 * 64 * hidden, 64 * 64)
     assert f"{2 * 64 * hidden:,}" in refusal.reason
     assert f"{64 * 64:,}" in refusal.reason
+
+
+BLOCKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "to a map": (
+        lambda x: x.transpose(2, 3).reshape(-1, 16, 16, 8).permute(0, 3, 1, 2),
+        (2, 4, 4, 4, 4, 8),
+    ),
+    "of a map": (
+        lambda x: x.permute(0, 2, 3, 1).reshape(-1, 4, 4, 4, 4, 32).transpose(2, 3),
+        (2, 32, 16, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_leaves_two_permutes_of_rows_that_would_be_one_of_elements(name: str) -> None:
+    """Blocks of a map and their order, as NesT has them: a runtime copies both faster than what they make."""
+    function, shape = BLOCKS[name]
+    result = fold(Call(function), torch.randn(shape))
+    assert not result.changes
+    assert graph_cost(result.graph_module).moved == 2 * prod(shape[1:])
+
+
+def test_folds_such_permutes_where_the_cost_is_the_number_of_nodes() -> None:
+    """The one permute is right; it is the count that keeps the two."""
+    model, x = Call(BLOCKS["to a map"][0]), torch.randn(BLOCKS["to a map"][1])
+    result = FoldAffine(cost=FewCalls()).run(capture(model, (x,)))
+    assert ops(result.graph_module).count("permute") == 1
+    assert torch.equal(result.graph_module(x), model(x))
+    assert graph_cost(result.graph_module).moved == 8 * prod(x.shape[1:])
+
+
+def test_folds_permutes_of_which_one_copies_elements_already() -> None:
+    model = Call(lambda x: x.permute(0, 3, 2, 1).reshape(-1, 4, 4, 4, 4, 6).transpose(2, 3).contiguous())
+    x = torch.randn(2, 6, 16, 16)
+    result = fold(model, x)
+    assert ops(result.graph_module).count("permute") == 1, ops(result.graph_module)
 
 
 def test_refuses_depthwise_and_pointwise() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from graphsurgery.rewrite.moves import axis_order, composed
+from graphsurgery.cost import axis_order
+from graphsurgery.rewrite.moves import composed
 
 aten = torch.ops.aten
 
