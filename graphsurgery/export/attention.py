@@ -1,7 +1,7 @@
-"""Attention over other than four axes, which torch's exporter cannot translate, on four.
+"""Attention over three axes, five or more, which torch's exporter cannot translate, on four.
 
 `(B, ..., L, D)` with several axes between batch and length (Hiera has heads and windows) becomes
-`(B, H, L, D)` and back; `(B, L, D)` gets one head. A mask of more than two axes goes the same way.
+`(B, H, L, D)` and back; `(H, L, D)` gets a batch of one. A mask of more than two axes goes the same way.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 def on_four_axes(program: ExportedProgram) -> int:
     """Rewrite attention in an exported program, in place, before it is translated.
 
-    Attention with free sizes between batch and length, or with a mask of more axes than the query has, is
-    left alone.
+    Left alone are attention over two axes, or with free sizes between batch and length, and query, key and
+    value with other axes there, but for grouped heads over three axes.
 
     Args:
         program: The program; its nodes carry fake values.
@@ -45,7 +45,7 @@ def on_four_axes(program: ExportedProgram) -> int:
         annotate(gm, node)
         with gm.graph.inserting_after(node):
             if query.ndim == 3:
-                back = _call(gm, torch.ops.aten.squeeze.dim, None, 1)
+                back = _call(gm, torch.ops.aten.squeeze.dim, None, 0)
             else:
                 back = _call(gm, torch.ops.aten.unflatten.int, None, 1, [int(n) for n in query.shape[1:-2]])
         node.replace_all_uses_with(back)
@@ -59,9 +59,6 @@ def on_four_axes(program: ExportedProgram) -> int:
 def _fits(node: fx.Node) -> bool:
     values = [value.meta["val"] for value in node.args[:3] if isinstance(value, fx.Node)]
     if len(values) != 3 or len({value.ndim for value in values}) != 1 or values[0].ndim in (2, 4):
-        return False
-    mask = _mask(node)
-    if mask is not None and mask.meta["val"].ndim > values[0].ndim:
         return False
     heads = [tuple(value.shape[1:-2]) for value in values]
     return heads[0] == heads[1] == heads[2] and all(isinstance(size, int) for size in heads[0])
@@ -78,7 +75,8 @@ def _aligned(gm: fx.GraphModule, mask: fx.Node, query: Sequence[Any]) -> fx.Node
         mask = _call(gm, torch.ops.aten.unsqueeze.default, mask, 0)
         annotate(gm, mask)
     between = [int(size) for size in query[1:-2]]
-    if [*mask.meta["val"].shape[1:-2]] != between:
+    own = mask.meta["val"].shape[1:-2]
+    if [*own] != between and any(size != 1 for size in own):  # of ones, it is repeated by the addition
         mask = _call(gm, torch.ops.aten.expand.default, mask, [-1, *between, -1, -1])
         annotate(gm, mask)
     return _four(gm, mask)
@@ -86,7 +84,7 @@ def _aligned(gm: fx.GraphModule, mask: fx.Node, query: Sequence[Any]) -> fx.Node
 
 def _four(gm: fx.GraphModule, value: Any) -> fx.Node:
     if value.meta["val"].ndim == 3:
-        made = _call(gm, torch.ops.aten.unsqueeze.default, value, 1)
+        made = _call(gm, torch.ops.aten.unsqueeze.default, value, 0)  # what is called heads in torch
     else:
         made = _call(gm, torch.ops.aten.flatten.using_ints, value, 1, -3)
     annotate(gm, made)

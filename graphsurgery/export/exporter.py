@@ -175,7 +175,7 @@ def _translate(
         raise ExportError(f"{type(module).__name__} cannot be translated to ONNX: {error}") from error
     except Exception as error:  # the exporter, and every operator's translation, raise their own kinds
         reason = _reason(error)
-        advice = _GROUPED_ADVICE if "transformers.grouped_mm" in reason else ""
+        advice = next((f"; {text}" for name, text in _ADVICE.items() if name in reason), "")
         raise ExportError(
             f"{type(module).__name__} cannot be translated to ONNX: {type(error).__name__}: {reason}{advice}"
         ) from error
@@ -206,9 +206,15 @@ def _opset(model: onnx_ir.Model) -> int:
     return int(model.opset_imports[""])
 
 
-_GROUPED_ADVICE = (  # experts of transformers; batched products are their other form that can be traced
-    '; call model.set_experts_implementation("batched_mm") before gs.optimize'
-)
+_BATCHED = 'call model.set_experts_implementation("batched_mm") before gs.optimize'
+_ADVICE = {  # by what torch's exporter says
+    "transformers.grouped_mm": _BATCHED,
+    "Grouped matmul": _BATCHED,  # in bfloat16 transformers calls torch's own
+    "only 4D query": (
+        "attention of another number of axes is exported where query, key and value have three or more, and "
+        "between batch and length the same fixed sizes"
+    ),
+}
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""1 x 1 convolutions of few channels behind a product or a softmax (talking heads), as `MatMul`.
+"""1 x 1 convolutions of few channels on maps without blocks of channels (talking heads), as `MatMul`.
 
 onnxruntime computes convolutions in blocks of 8 or 16 channels. Of four heads it fills a quarter of a block,
 and moves the map into blocks and out of them; `(out, in) @ (batch, in, height * width)` moves nothing.
@@ -33,8 +33,11 @@ _DEFAULTS = {
 def few_channels_as_matmul(model: onnx_ir.Model) -> int:
     """Write such convolutions as `Reshape`, `MatMul`, `Add` of the bias and `Reshape`, in place.
 
-    Left alone are those behind convolutions and pools, whose channels are in blocks already, those on maps of
-    free height or width, those that share their weight, and those of other precisions than float32.
+    The map comes, but for elementwise operations, from products, softmaxes, layer norms, views and permutes.
+    Left alone are those behind convolutions and pools, whose channels are in blocks already, behind inputs
+    (a mask of the caller's too) and operations that are not known, those on maps of free height or width,
+    those that share their weight, and those of other precisions than float32, for which onnxruntime has no
+    such blocks. Their weights keep the name and lose the two axes of the kernel.
 
     Args:
         model: What torch's exporter made.

@@ -15,6 +15,9 @@ def view(value: onnx_ir.Value, sizes: Sequence[int]) -> list[onnx_ir.Node]:
     Args:
         value: What is viewed.
         sizes: As `Reshape` takes them: -1 is worked out, 0 is as it was.
+
+    Returns:
+        Both nodes; the view is the output of the last.
     """
     tensor = onnx_ir.tensor(list(sizes), dtype=onnx_ir.DataType.INT64)
     shape = onnx_ir.node("Constant", inputs=[], attributes={"value": tensor})

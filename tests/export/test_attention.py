@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 import graphsurgery as gs
 from graphsurgery.errors import ExportError
@@ -169,3 +172,54 @@ def test_a_bias_made_of_the_query_is_exported(tmp_path: Path) -> None:
     assert written.verdict is not None
     assert written.verdict.ok
     assert {1, 2} < set(written.verdict.batch_sizes)
+
+
+class Grouped(nn.Module):
+    """Attention whose queries have more heads than its keys."""
+
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.keys, self.axes = nn.Linear(8, 8), nn.Linear(8, 16), axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = self.keys(x[..., : self.axes[0], :, :]).chunk(2, -1)
+        query = self.query(x)
+        return nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True).tanh()
+
+
+def test_grouped_heads_over_three_axes_are_exported(tmp_path: Path) -> None:
+    x = torch.randn(4, 5, 8)
+    written = gs.optimize(Grouped((2,)).eval(), x, dynamic_shapes=(None,)).export_onnx(
+        tmp_path / "grouped.onnx"
+    )
+    assert written.verdict is not None
+    assert written.verdict.ok
+
+
+@pytest.mark.parametrize("name", ["two axes", "free windows", "grouped heads over five axes"])
+def test_other_attention_is_refused_with_what_can_be(name: str, tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x).tanh()
+
+    options: dict[str, object] = {}
+    model: nn.Module = Plain()
+    if name == "two axes":
+        x, options = torch.randn(5, 8), {"dynamic_shapes": (None,)}
+    elif name == "free windows":
+        x, options = torch.randn(2, 3, 4, 5, 8), {"dynamic_shapes": ({2: Dim("windows", min=2, max=9)},)}
+    else:
+        x, model = torch.randn(2, 3, 4, 5, 8), Grouped((2,))
+    result = gs.optimize(model.eval(), x, verify="off", **options)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="three or more, and between batch and length the same fixed sizes"):
+        result.export_onnx(tmp_path / "attention.onnx")
+
+
+def test_a_mask_of_ones_between_is_not_repeated(tmp_path: Path) -> None:
+    """(1, 1, 1, L, L): the addition repeats it; written out it would be larger by heads and windows."""
+    file = tmp_path / "masked.onnx"
+    torch.manual_seed(0)
+    gs.optimize(Masked(torch.randn(1, 1, 1, 16, 16)).eval(), torch.randn(2, 8, 32, 16, 8)).export_onnx(file)
+    sizes = [prod(value.dims) for value in onnx.load(file).graph.initializer]
+    assert max(sizes) == 16 * 16

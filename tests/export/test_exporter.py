@@ -335,7 +335,8 @@ def test_the_batch_is_named_in_shapes_that_the_translation_has_frozen(tmp_path: 
     assert free == {"batch"}
 
 
-def test_experts_of_transformers_are_refused_with_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_of_transformers_are_refused_with_the_way_out(dtype: torch.dtype, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -348,7 +349,7 @@ def test_experts_of_transformers_are_refused_with_the_way_out(tmp_path: Path) ->
         num_local_experts=3,
         use_cache=False,
     )
-    model = transformers.MixtralForCausalLM(config).eval()
+    model = transformers.MixtralForCausalLM(config).eval().to(dtype)
     tokens = {"input_ids": torch.randint(0, 50, (2, 6))}
     with pytest.raises(ExportError, match=r'set_experts_implementation\("batched_mm"\) before gs.optimize'):
         gs.optimize(model, tokens).export_onnx(tmp_path / "experts.onnx")

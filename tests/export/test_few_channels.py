@@ -52,16 +52,49 @@ class Apart(nn.Module):
 
 
 class Behind(nn.Module):
-    """A 1 x 1 convolution whose channels come in blocks: from another convolution, through a scale."""
+    """A 1 x 1 convolution behind others, whose channels come in blocks: at once, or through a product."""
 
-    def __init__(self) -> None:
+    def __init__(self, gated: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.gate, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.gate = nn.Conv2d(3, 4, 3) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.last(self.first(x).sigmoid() * self.gate(x))
+        x = x.softmax(-1)
+        found: Tensor = self.first(x)
+        found = self.last(found if self.gate is None else found * self.gate(x))
         return found
+
+
+class Mixed(nn.Module):
+    """A 1 x 1 convolution behind one of the calls whose results have no blocks, and elementwise ones."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.conv = source, nn.Conv2d(4, 3, 1)
+        self.line, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.register_buffer("seen", torch.randn(16, 16) > 0)
+        self.register_buffer("bias", torch.randn(4, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.source:
+            case "softmax":
+                x = x.softmax(-1)
+            case "linear":
+                x = self.line(x)
+            case "norm":
+                x = self.norm(x)
+            case "product":
+                x = x @ x.transpose(-1, -2)
+            case "permute":
+                x = x.sigmoid().transpose(-1, -2)
+            case "view":
+                x = x.sigmoid().flatten(1).unflatten(1, (4, 16, 16))
+        x = torch.where(self.seen, -x / 3, x * x - 1) + self.bias
+        found: Tensor = self.conv(x)
+        return found.tanh()
 
 
 def written(model: nn.Module, x: Tensor, path: Path, **options: object) -> dict[str, int]:
@@ -96,6 +129,43 @@ def test_channels_and_sides_that_differ(
     assert counts["MatMul"] == 1
 
 
+@pytest.mark.parametrize("source", ["softmax", "linear", "norm", "product", "permute", "view"])
+def test_elementwise_calls_between_change_nothing(source: str, tmp_path: Path) -> None:
+    counts = written(Mixed(source), torch.randn(2, 4, 16, 16), tmp_path / "net.onnx", passes=())
+    assert counts.get("Conv", 0) == 0
+    assert counts["Where"] == 1
+    assert counts["MatMul"] == 1 + (source == "product")
+
+
+def test_an_output_keeps_its_name_shape_and_type(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    model = nn.Sequential(nn.Softmax(-1), nn.Conv2d(3, 5, 1)).eval()
+    counts = written(model, torch.randn(2, 3, 16, 17), path)
+    assert counts.get("Conv", 0) == 0
+    proto = onnx.load(path)
+    (output,) = proto.graph.output
+    assert output.name == "output"
+    kind = output.type.tensor_type
+    assert kind.elem_type == onnx.TensorProto.FLOAT
+    assert [dim.dim_param or dim.dim_value for dim in kind.shape.dim] == ["batch", 5, 16, 17]
+    named = {value.name: value.type.tensor_type for value in proto.graph.value_info}
+    (product,) = [node for node in proto.graph.node if node.op_type == "MatMul"]
+    assert named[product.output[0]].elem_type == onnx.TensorProto.FLOAT
+
+
+class SharedBias(nn.Module):
+    """A 1 x 1 convolution of a softmax whose bias another call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.conv.bias is not None
+        return self.conv(x.softmax(-1)).tanh(), x.mean() + self.conv.bias
+
+
 def test_a_batch_of_another_size(tmp_path: Path) -> None:
     path, model = tmp_path / "net.onnx", Apart(3, 5)
     written(model, torch.randn(2, 3, 16, 17), path)
@@ -116,14 +186,22 @@ def test_a_batch_of_another_size(tmp_path: Path) -> None:
         pytest.param(Apart(4, 4, stride=2), (2, 4, 32, 32), id="stride"),
         pytest.param(Apart(4, 4, groups=2), (2, 4, 16, 16), id="groups"),
         pytest.param(Apart(4, 4, padding=1), (2, 4, 16, 16), id="padding"),
-        pytest.param(Behind(), (2, 3, 20, 20), id="behind a convolution"),
+        pytest.param(Behind(gated=False), (2, 3, 20, 20), id="behind a convolution"),
+        pytest.param(Behind(gated=True), (2, 3, 20, 20), id="behind a product of convolutions"),
+        pytest.param(nn.Sequential(nn.Softmax(-1), nn.Conv2d(3, 4, 3)), (2, 3, 20, 20), id="3 x 3"),
+        pytest.param(nn.Sequential(nn.Softmax(-1), nn.Conv2d(3, 4, (3, 1))), (2, 3, 20, 20), id="3 x 1"),
+        pytest.param(nn.Sequential(nn.Softmax(-1), nn.Conv1d(3, 4, 1)), (2, 3, 400), id="sequence"),
+        pytest.param(nn.Sequential(nn.Softmax(-1), nn.Conv3d(3, 4, 1)), (2, 3, 8, 8, 8), id="volume"),
+        pytest.param(SharedBias(), (2, 3, 20, 20), id="shared bias"),
+        pytest.param(Apart(3, 4).half(), (2, 3, 20, 20), id="half"),
         pytest.param(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh()), (2, 3, 20, 20), id="behind the input"),
         pytest.param(TalkingHeads(shared=True), (2, LENGTH, 24), id="shared"),
     ],
 )
 def test_others_stay_convolutions(model: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
-    counts = written(model, torch.randn(shape), tmp_path / "net.onnx", passes=())
-    calls = sum(isinstance(part, nn.Conv2d) for part in model.modules())
+    x = torch.randn(shape, dtype=next(model.parameters()).dtype)
+    counts = written(model, x, tmp_path / "net.onnx", passes=())
+    calls = sum(isinstance(part, nn.modules.conv._ConvNd) for part in model.modules())
     assert counts["Conv"] == (2 if isinstance(model, TalkingHeads) else calls)
 
 

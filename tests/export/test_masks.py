@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import graphsurgery as gs
 from graphsurgery.errors import VerificationError
-from graphsurgery.export import OnnxSession, exporter
+from graphsurgery.export import OnnxSession, exporter, node_counts
 
 
 class Attention(nn.Module):
@@ -75,3 +76,115 @@ def test_leaves_a_mask_of_numbers_alone(tmp_path: Path) -> None:
     written = gs.optimize(Biased(), inputs).export_onnx(tmp_path / "biased.onnx")
     assert written.verdict is not None
     assert written.verdict.ok
+
+
+class Numbers(nn.Module):
+    """Two layers of attention with one mask of numbers."""
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(4, 12)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask = mask if self.mask is None else self.mask
+        for layer in (self.first, self.second):
+            x = layer(x).unflatten(-1, (3, 1, -1)).permute(2, 0, 3, 1, 4)
+            x = nn.functional.scaled_dot_product_attention(*x.chunk(2, -1)[0], attn_mask=mask).squeeze(1)
+        return x
+
+
+def minus_infinity(*rows: int) -> Tensor:
+    torch.manual_seed(1)
+    mask = torch.randn(5, 5)
+    mask[:, 3] = -torch.inf  # one column of what is seen
+    for row in rows:
+        mask[row] = -torch.inf
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("constant", [False, True], ids=["of the caller", "constant"])
+def test_rows_of_minus_infinity_are_zero_in_the_file(
+    constant: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The mask that is exported hides nothing; those that come later do."""
+    x, seen = torch.randn(2, 5, 8, dtype=dtype), torch.zeros(5, 5, dtype=dtype)
+    model = Numbers(minus_infinity(0, 4) if constant else None).eval().to(dtype)
+    file = tmp_path / "numbers.onnx"
+    written = gs.optimize(model, (x, seen)).export_onnx(file)
+    assert written.verdict is not None
+    assert written.verdict.ok
+    exact = copy.deepcopy(model).double()
+    for optimised in (False, True):
+        session = OnnxSession(file, optimised=optimised)
+        for mask in (seen, minus_infinity(0, 4).to(dtype), minus_infinity().to(dtype)):
+            given = dict(zip(session.input_names, (x, mask), strict=False))
+            (found,) = session.run(given).values()
+            expected = exact(x.double(), mask.double())
+            loose = 2e-3 if dtype == torch.float16 else 1e-5
+            torch.testing.assert_close(found.double(), expected, rtol=loose, atol=loose)
+            hidden = (exact.mask if constant else mask).isinf().all(-1)  # type: ignore[union-attr, operator]
+            assert not found[:, hidden].any()
+            assert found[:, ~hidden].any(-1).all()
+
+
+def counts(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> dict[str, int]:
+    written = gs.optimize(model.eval(), inputs).export_onnx(path)
+    assert written.verdict is not None
+    assert written.verdict.ok
+    return dict(node_counts(path))
+
+
+def test_one_look_at_a_mask_serves_all_layers(tmp_path: Path) -> None:
+    found = counts(Numbers(), (torch.randn(2, 5, 8), torch.zeros(5, 5)), tmp_path / "numbers.onnx")
+    assert (found["IsInf"], found["Where"], found["Softmax"]) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["finite", "trained", "made of the query", "of truth values"])
+def test_masks_that_cannot_hide_are_left_as_they_are(name: str, tmp_path: Path) -> None:
+    class Finite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.register_buffer("mask", torch.randn(5, 5))
+            self.places, self.line = nn.Embedding(9, 1), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            steps = torch.arange(5)
+            masks = {
+                "finite": self.mask,
+                "trained": self.places(steps[None] - steps[:, None] + 4).permute(2, 0, 1)[None],
+                "made of the query": self.line(x) * 2 + 1,
+                "of truth values": (1.0 - seen.float()) * -1e4,
+            }
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=masks[name])
+
+    seen = torch.randn(5, 5) > 0
+    found = counts(Finite(), (torch.randn(2, 1, 5, 4), seen), tmp_path / "finite.onnx")
+    assert not found.keys() & {"IsInf", "IsNaN", "Where"}
+
+
+@pytest.mark.parametrize("name", ["logarithm", "minus infinity"])
+def test_masks_that_may_hide_are_looked_at(name: str, tmp_path: Path) -> None:
+    class Hiding(nn.Module):
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            masks = {"logarithm": seen.float().log(), "minus infinity": torch.where(seen, 0.0, -torch.inf)}
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=masks[name])
+
+    seen = torch.ones(5, 5, dtype=torch.bool)
+    seen[2] = False
+    x, file = torch.randn(2, 1, 5, 4), tmp_path / "hiding.onnx"
+    assert counts(Hiding(), (x, seen), file)["IsInf"] == 1
+    session = OnnxSession(file)
+    (found,) = session.run(dict(zip(session.input_names, (x, seen), strict=True))).values()
+    assert not found[:, :, 2].any()
+    assert found[:, :, 1].all()
+
+
+def test_detects_that_the_exporter_answers_with_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "hide_rows", lambda _: 0)
+    model, inputs = Numbers(minus_infinity(0)).eval(), (torch.randn(2, 5, 8), torch.zeros(5, 5))
+    with pytest.raises(VerificationError):
+        gs.optimize(model, inputs).export_onnx(tmp_path / "numbers.onnx")
