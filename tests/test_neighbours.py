@@ -213,6 +213,18 @@ def test_peft_finds_its_targets_by_name(case: Case) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "work", [gs.optimize, gs.optimize_parts, gs.inspect], ids=["whole", "parts", "inspect"]
+)
+def test_what_torchao_has_quantised_is_refused_by_name(work: Callable[..., Any]) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(2, 64)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(gs.CaptureError, match=r"'0\.weight' is of type \w+, .* before it is quantised"):
+        work(model, x)
+
+
 # torchao registers classes in a way that torch has deprecated
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])

@@ -78,7 +78,10 @@ def test_the_summary_counts_what_is_wrong_crashed_over_a_limit_and_slow() -> Non
     assert summary.startswith("**7 networks: 71.4 % captured (2 not), 1 wrong, 0 declined")
     assert "by verification in part or whole, 1 crashed with anything but a named error" in summary
     assert "1 over a limit, 1 without an ONNX file; tool time / export time 0.50 in the median" in summary
-    assert "; latency of 2: 0.72 in the geometric mean, 1 slower than 1.03, 1 faster than 0.97.**" in summary
+    assert (
+        "; latency of 2: 0.72 of the time in the geometric mean, 1 slower than 1.03, 1 faster than 0.97.**"
+        in summary
+    )
     assert "| made up | 7 | 5 | 4 | 4 | 4 | 0.75 | 1.00 | 0.50 | 0.78 |" in text
     assert "## Slower than 1.03: 1\n" in text
     assert "| good | 4.00, 4.20 | 1.05 (1.04 to 1.06) |" in text
@@ -109,7 +112,7 @@ def test_what_verification_declined_is_counted_and_its_latency_left_out() -> Non
     text = table().document(lines)
     assert "4 of 9 networks" in text.split("\n\n")[1]
     assert "0 wrong, 2 declined by verification in part or whole" in text.split("\n\n")[1]
-    assert "latency of 1: 0.50 in the geometric mean, 0 slower than 1.03" in text.split("\n\n")[1]
+    assert "latency of 1: 0.50 of the time in the geometric mean, 0 slower than 1.03" in text.split("\n\n")[1]
     assert "Latencies of 3 networks are left out" in text
     assert "1.50 (1.49 to 1.51)" not in text
     assert "## Slower" not in text
@@ -117,13 +120,15 @@ def test_what_verification_declined_is_counted_and_its_latency_left_out() -> Non
 
 def test_networks_without_a_latency_are_named_or_counted() -> None:
     lines = [line("good"), line("long"), line("broken"), line("later")]
-    assert "not timed" not in table().document(lines)
+    assert "Not timed" not in table().document(lines)
     lines += [timing("good", ratio=1.0)]
     lines.append({**line("long", ended="over 180 s of processor time"), "kind": "latency"})
     error = {"class": "SomeError", "named": True, "message": "no"}
     lines.append({**line("broken", errors={"latency": error}, stage="latency"), "kind": "latency"})
     text = table().document(lines)
-    assert "Without a latency: broken (SomeError), long (over 180 s of processor time). 1 were not" in text
+    assert (
+        "none in time: broken (SomeError), long (over 180 s of processor time). Not timed: 1 of made" in text
+    )
 
 
 def test_the_document_is_made_of_its_record() -> None:

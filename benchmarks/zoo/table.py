@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +14,8 @@ Line = dict[str, Any]
 
 SLOW = 1.03
 """Ratio of latencies above which a network counts as slower."""
+FAST = 0.97
+"""And below which it counts as faster."""
 
 INTRODUCTION = """\
 Made by `make architectures` (`benchmarks/architectures.py`), as is all that follows. Every network is made
@@ -26,9 +28,13 @@ export time is `torch.onnx.export(dynamo=True)` of the same network; both are pr
 process. Latency is onnxruntime's on one thread, in milliseconds: the file that
 `torch.onnx.export(dynamo=True)` makes of the network, and the result's, run by run in turn; where torch's
 export fails, or onnxruntime does not run its file, graphsurgery's exporter writes the first file too, of the
-network as it is (marked \\*). Figures of a family are medians, after by before for nodes, MACs and latency. A
-result is handed out, and a file written, only where verification finds it equal, so "wrong" should be none;
-what verification declined, a captured graph, a change or a file, is counted beside it."""
+network as it is (marked \\*). A ratio of latencies is the time after by that before, so 0.9 saves a tenth;
+it is the median over blocks of runs, with the least and greatest block behind it, and need not be the
+quotient of the two medians beside it. Figures of a family are medians, after by before for nodes, MACs and
+latency. Nodes are calls of the graph, not of the ONNX file; networks on pictures of their full size are in
+[the benchmark](benchmark.md). A result is handed out, and a file written, only where verification finds it
+equal, so "wrong" should be none; what verification declined, a captured graph, a change or a file, is
+counted beside it."""
 
 COLUMNS = (
     "family",
@@ -84,8 +90,10 @@ def _untimed(lines: Sequence[Line], sound: set[str]) -> str:
         if name in sound and "latency" not in line
     }
     found = ", ".join(f"{name} ({reason})" for name, reason in sorted(why.items()))
-    text = f"Without a latency: {found}. " if found else ""
-    return text + (f"{rest} were not timed. " if tried and (rest := len(sound - set(tried))) else "")
+    text = f"Without a latency, since the network as it is has no file that runs or none in time: {found}. "
+    families = Counter(line["family"] for line in lines if line["name"] in sound - set(tried))
+    rest = ", ".join(f"{count} of {family}" for family, count in sorted(families.items()))
+    return (text if found else "") + (f"Not timed: {rest}. " if tried and rest else "")
 
 
 def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
@@ -110,9 +118,10 @@ def summary(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
         return text + "; latency not measured.**"
     latencies = [found["ratio"] for found in timed.values()]
     slow = sum(ratio > SLOW for ratio in latencies)
-    fast = sum(ratio < 1 / SLOW for ratio in latencies)
-    text += f"; latency of {len(timed)}: {statistics.geometric_mean(latencies):.2f} in the geometric mean, "
-    return text + f"{slow} slower than {SLOW}, {fast} faster than {1 / SLOW:.2f}.**"
+    fast = sum(ratio < FAST for ratio in latencies)
+    mean = statistics.geometric_mean(latencies)
+    text += f"; latency of {len(timed)}: {mean:.2f} of the time in the geometric mean, "
+    return text + f"{slow} slower than {SLOW}, {fast} faster than {FAST}.**"
 
 
 # -- what a line says ---------------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ def _every(surveys: Sequence[Line], timed: dict[str, Line]) -> str:
         rows.append([line["name"], line["note"], *_figures(line), *_timing(latency)])
     columns = (
         "network",
-        "picture",
+        "size or kind",
         "batch",
         "torch",
         "onnxruntime",

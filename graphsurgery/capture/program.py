@@ -143,8 +143,8 @@ def _refuse(model: nn.Module, error: BaseException) -> CaptureError:
     elif cache := _CACHE.search(str(error)):  # transformers gives one with the result by default
         why = f"it returns a {cache[1]} beside its outputs, which a graph cannot hold"
         advice = (
-            "set model.config.use_cache = False, or pass use_cache=False with the inputs; to keep generating "
-            "with the cache, let gs.optimize_parts work on the submodules"
+            "set model.config.use_cache = False (or pass use_cache=False, here and to the result); to keep "
+            "generating with the cache, let gs.optimize_parts work on the submodules"
         )
     else:
         why = f"torch.export cannot trace it ({_complaint(error)})"

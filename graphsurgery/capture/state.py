@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphsurgery.digest import tensor_digest
 from graphsurgery.errors import CaptureError
 from graphsurgery.graph import tensor_bytes
 from graphsurgery.sharing import large_tensors, put_back
 
-__all__ = ["check_supported", "evaluated", "kept", "unwrap"]
+__all__ = ["check_numbers", "check_supported", "evaluated", "kept", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -28,12 +29,27 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def check_numbers(model: nn.Module) -> None:
+    """Refuse models with weights that keep their numbers elsewhere: quantised by torchao, or distributed.
+
+    Raises:
+        CaptureError: A parameter or buffer is such a tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if bool(is_traceable_wrapper_subclass(tensor)):  # bool: mypy knows no class that is both
+            raise CaptureError(
+                f"{name!r} is of type {type(tensor).__name__}, whose numbers lie in other tensors; give the "
+                "model as it is before it is quantised or distributed, and do that to the result."
+            )
+
+
 def check_supported(model: nn.Module) -> None:
     """Refuse the kinds of modules that cannot be captured at all.
 
     Raises:
-        CaptureError: The model is scripted, not yet initialised, or holds no values.
+        CaptureError: The model is scripted, not yet initialised, quantised by torchao, or holds no values.
     """
+    check_numbers(model)
     for path, module in model.named_modules():
         where = f"submodule {path!r}" if path else f"the model ({type(model).__name__})"
         if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):

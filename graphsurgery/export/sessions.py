@@ -93,7 +93,7 @@ def load_model(path: StrPath) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(os.fspath(path))
     except (onnx.checker.ValidationError, OSError, ValueError, RuntimeError) as error:
-        raise VerificationError(f"{Path(path)} is no valid ONNX model: {_first_line(error)}") from error
+        raise VerificationError(f"{Path(path)} is no valid ONNX model: {_one_line(error)}") from error
     return model
 
 
@@ -177,6 +177,11 @@ class OnnxSession:
             raise VerificationError(f"onnxruntime failed on {self.source}: {_first_line(error)}") from error
         pairs = zip(self.output_names, found, strict=True)
         return {name: torch.from_numpy(np.array(value)) for name, value in pairs}
+
+
+def _one_line(error: Exception) -> str:
+    """All that the checker says, on one line: it begins with the rule and names the node behind."""
+    return " ".join(str(error).split())[:300]
 
 
 def _session_error(source: str, error: Exception) -> RuntimeUnavailableError | VerificationError:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphsurgery import passes as _passes
 from graphsurgery.capture.inputs import Inputs, difference, normalize
 from graphsurgery.capture.program import quiet
-from graphsurgery.capture.state import kept, unwrap
+from graphsurgery.capture.state import check_numbers, kept, unwrap
 from graphsurgery.cost import CostModel
 from graphsurgery.errors import CaptureError, VerificationError
 from graphsurgery.measure import MeasuredCost
@@ -101,6 +101,7 @@ def optimize_parts(
 def _copied(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"cannot take apart a {type(model).__name__}, expected an nn.Module")
+    check_numbers(model)
     held = (value for module in model.modules() for value in (*vars(module).values(), *module.buffers(False)))
     try:
         return copy.deepcopy(model, free_of_history(held)).eval()
