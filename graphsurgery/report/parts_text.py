@@ -66,7 +66,7 @@ def _name(part: PartReport) -> str:
 
 def _figures(folded: list[PartReport]) -> Table:
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column("folded part")
+    table.add_column("folded part", overflow="fold")
     for heading in ("calls", "sizes", "changes", "nodes", "MACs"):
         table.add_column(heading, justify="right")
     for part in folded:

@@ -326,6 +326,16 @@ def test_the_report_tells_everything(result: gs.PartsResult) -> None:
         gs.PartsReport.from_json(json.dumps({"schema_version": 0}))
 
 
+def test_the_report_tells_parts_apart_that_have_long_names(result: gs.PartsResult) -> None:
+    long = "_".join(["branch"] * 9)
+    parts = [dataclasses.replace(part, path=f"{long}_{part.path}") for part in result.report.parts]
+    text = str(dataclasses.replace(result.report, parts=tuple(parts)))
+    shown = "".join(row.partition("│")[0].strip() for row in text.splitlines())
+    for found in parts:
+        if found.status == "folded":
+            assert found.path in shown, text
+
+
 @pytest.mark.sweep  # the default run writes one on the command line
 def test_each_part_is_exported_and_verified(tmp_path: Path) -> None:
     result = gs.optimize_parts(loop().float(), picture(2, 3, 6, 6).float(), keep=["body", "head"])
