@@ -133,24 +133,29 @@ def _constant(reader: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> onnx_ir.V
 def _may_hide(mask: onnx_ir.Value) -> bool:
     """Whether a mask may hold minus infinity: the caller's, one with such a constant, or one not understood.
 
-    The lowest finite number counts too, since the sum of two is infinite.
+    The lowest finite number, which masks often have in its place, makes it where two of them are added.
     """
-    waiting, seen = [mask], {mask}
+    waiting, seen, lowest, again = [mask], {mask}, 0, False
     while waiting:
         value = waiting.pop()
-        if value.dtype is not None and not value.dtype.is_floating_point():
-            continue
         constant, made = onnx_ir.convenience.get_const_tensor(value), value.producer()
         if constant is not None:
-            if constant.size and (constant.numpy() <= constant.dtype.min).any():
+            numbers = constant.numpy()
+            if (numbers == -np.inf).any():
                 return True
+            lowest += bool((numbers <= constant.dtype.min).any())
         elif made is None or made.op_type not in _FOLLOWED | _FINITE:
             return True
         elif made.op_type in _FOLLOWED:
-            read = {value for value in made.inputs if value is not None} - seen
-            seen |= read
-            waiting += read
-    return False
+            for read in made.inputs:
+                if read is None or not (read.dtype is None or read.dtype.is_floating_point()):
+                    continue
+                if read not in seen or onnx_ir.convenience.get_const_tensor(read) is not None:
+                    waiting.append(read)
+                else:
+                    again = True
+                seen.add(read)
+    return lowest > 1 or (lowest == 1 and again)
 
 
 def _replace(node: onnx_ir.Node, place: int) -> int:

@@ -188,3 +188,21 @@ def test_detects_that_the_exporter_answers_with_nan(tmp_path: Path, monkeypatch:
     model, inputs = Numbers(minus_infinity(0)).eval(), (torch.randn(2, 5, 8), torch.zeros(5, 5))
     with pytest.raises(VerificationError):
         gs.optimize(model, inputs).export_onnx(tmp_path / "numbers.onnx")
+
+
+@pytest.mark.parametrize("name", ["once", "of two masks", "twice"])
+def test_the_lowest_number_is_looked_at_where_it_is_added_up(name: str, tmp_path: Path) -> None:
+    class Lowest(nn.Module):
+        def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            lowest = torch.finfo(torch.float32).min
+            mask = torch.where(first, 0.0, lowest)
+            if name == "of two masks":
+                mask = mask + (1.0 - second.float()) * lowest
+            elif name == "twice":
+                mask = mask.sin() * 0 + mask + mask.transpose(0, 1)
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    file, seen = tmp_path / "lowest.onnx", torch.ones(5, 5, dtype=torch.bool)
+    inputs = (torch.randn(2, 1, 5, 4), seen, seen.clone())
+    gs.optimize(Lowest(), inputs, verify="off").export_onnx(file, verify=False)
+    assert node_counts(file).get("IsInf", 0) == (name != "once")
